@@ -1,5 +1,466 @@
-"""Plumbing without any modelling: command line, devices, logs, checkpoints, text metrics, filmstrip."""
+"""Plumbing without any modelling: command line, devices, run folders, checkpoints, text metrics, film.
+
+If removing a line from this file would leave a reader unsure what a *method* does, that line is in
+the wrong file: schedules, corruption, losses, samplers, optimizers and training loops live in the
+method scripts.
+"""
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import os
+import platform
+import re
+import signal
+import sys
+import textwrap
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+MASK_GLYPH = "░"
 
 
 class UserError(Exception):
     """A mistake the user can repair: one sentence that says what is wrong and what to do. Exit code 2, no traceback."""
+
+
+# ------------------------------------------------------------------------------- command line
+
+def run_main(main):
+    """Call main(argv) and turn the user's mistakes into one line on stderr and exit code 2."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(Config, presets, argv, doc, default=None):
+    """Command line -> Config. `--preset` chooses defaults, explicit flags win; --batch-size and
+    --batch_size are the same flag. `default` (a Config, or None) is what flags are laid over."""
+    if default is None:
+        names = [a.partition("=")[2] or b for a, b in zip(argv, argv[1:] + [""])
+                 if re.fullmatch("--preset(=.*)?", a)]
+        name = names[-1] if names else Config().preset
+        if name not in presets:
+            raise UserError(f"unknown preset '{name}': choose one of {', '.join(presets)}")
+        default = Config(**presets[name])
+    heard = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(heard):
+            cfg = tyro.cli(Config, args=argv, default=default, description=doc,
+                           prog=Path(sys.argv[0]).name)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        rows = [row.strip("│ ") for row in heard.getvalue().splitlines()]
+        said = " ".join(row for row in rows if row and row[0] not in "╭╰")
+        raise UserError(said.partition(" ───")[0].removeprefix("Error ") + "; see --help") from None
+    check(cfg)
+    return cfg
+
+
+def check(cfg):
+    """Raise one UserError that lists every value of a Config that cannot work."""
+    least = dict(steps=0, batch_size=1, seq_len=2, n_layer=1, n_head=1, n_embd=1, grad_accum=1, n=1,
+                 eval_every=1, save_every=1, warmup=0, docs=0, vocab_size=0, sampling_steps=0,
+                 grad_clip=0, ema=0, lr=0, top_k=0, temperature=0, top_p=0)
+    bad = [f"--{k.replace('_', '-')} is {getattr(cfg, k)}, it must be at least {v}"
+           for k, v in least.items() if hasattr(cfg, k) and not getattr(cfg, k) >= v]
+    if getattr(cfg, "top_p", 1) > 1:
+        bad.append(f"--top-p is {cfg.top_p}, it must be at most 1")
+    if not cfg.ema < 1:
+        bad.append(f"--ema is {cfg.ema}, it must be less than 1")
+    if cfg.n_head and cfg.n_embd % (2 * cfg.n_head):
+        bad.append(f"--n-embd {cfg.n_embd} must be a multiple of 2 x n_head = {2 * cfg.n_head}")
+    if cfg.dtype not in ("auto", "float32", "bfloat16"):
+        bad.append(f"--dtype is '{cfg.dtype}', choose auto, float32 or bfloat16")
+    if cfg.rows not in ("auto", "docs", "stream"):
+        bad.append(f"--rows is '{cfg.rows}', choose auto, docs or stream")
+    if unknown := set(cfg.log.split(",")) - {"", "tensorboard", "wandb"}:
+        bad.append(f"--log knows tensorboard and wandb, not {', '.join(sorted(unknown))}")
+    if bad:
+        raise UserError("; ".join(bad))
+
+
+# ------------------------------------------------------------------------------------- devices
+
+def pick_device(name):
+    """'auto' -> cuda, mps or cpu, the first that exists; a device that is not there is a UserError."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    if name not in ("cpu", "mps") and not name.startswith("cuda"):
+        raise UserError(f"unknown device '{name}': choose auto, cpu, cuda or mps")
+    if name.startswith("cuda") and not cuda or name == "mps" and not mps:
+        raise UserError(f"no {name} device here: use --device cpu or auto")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    return torch.device(name)
+
+
+def cpu_has_bf16():
+    """Does this CPU multiply bfloat16 in hardware? Elsewhere bfloat16 is slower than float32."""
+    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("amx_tile"))
+
+
+def precision(device, dtype):
+    """The autocast context for `dtype` ('auto': bfloat16 where the hardware multiplies it)."""
+    if dtype == "auto":
+        fast = (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+                or device.type == "cpu" and cpu_has_bf16())
+        dtype = "bfloat16" if fast else "float32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"), dtype
+
+
+# --------------------------------------------------------------------------------- run folder
+
+class Run:
+    """A run folder with its log, progress bar, checkpoints and stop signals; `rank` and `world`
+    under torchrun. Only rank 0 writes. Use as a context manager."""
+
+    def __init__(self, cfg, out, training=True):
+        self.cfg, self.out, self.training = cfg, Path(out), training
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = pick_device(cfg.device)
+        self.amp, self.dtype = precision(self.device, cfg.dtype)
+        if self.world > 1 and cfg.batch_size * cfg.grad_accum % (self.world * cfg.grad_accum):
+            raise UserError(f"--batch-size {cfg.batch_size} must be a multiple of the {self.world} "
+                            "processes")
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.stop_signal, self.bar, self.sinks, self.shown = 0, None, [], {}
+        self.clock, self.seconds, self.rate = time.time(), 0.0, 0.0
+        if self.rank == 0:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                (self.out / ".writable").touch()
+                (self.out / ".writable").unlink()
+            except OSError as error:
+                raise UserError(f"cannot write to {self.out} ({error.strerror}): choose another "
+                                "folder with --out") from None
+            if training and (self.out / "state.pt").exists() and not cfg.resume:
+                for old in ("state.pt", "log.jsonl"):  # a new run: never mixed with the old one
+                    (self.out / old).replace(self.out / (old + ".old")) \
+                        if (self.out / old).exists() else None
+
+    def __enter__(self):
+        if self.training:
+            self.old = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+            self._open_sinks()
+        return self
+
+    def __exit__(self, *_):
+        if self.bar:
+            self.bar.close()
+        for s, handler in getattr(self, "old", {}).items():
+            signal.signal(s, handler)
+        if self.world > 1:
+            dist.destroy_process_group()
+
+    def _stop(self, number, _frame):
+        if self.stop_signal:  # asked twice: the user means now
+            raise KeyboardInterrupt
+        self.stop_signal = number
+
+    def stopping(self):
+        """True once any process was asked to stop (SIGINT, SIGTERM)."""
+        if self.world == 1:
+            return bool(self.stop_signal)
+        flag = torch.tensor(float(self.stop_signal), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        self.stop_signal = int(flag)
+        return self.stop_signal > 0
+
+    def _open_sinks(self):
+        if self.rank == 0 and "tensorboard" in self.cfg.log.split(","):
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--log tensorboard needs: pip install tensorboard") from None
+            writer = SummaryWriter(str(self.out))
+            self.sinks.append(lambda row: [writer.add_scalar(f"{row['kind']}/{k}", v, row["step"])
+                                           for k, v in row.items() if isinstance(v, float)])
+        if self.rank == 0 and "wandb" in self.cfg.log.split(","):
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("--log wandb needs: pip install wandb") from None
+            wandb.init(project="text-diffusion", name=self.out.name, dir=str(self.out),
+                       config=dataclasses.asdict(self.cfg))
+            self.sinks.append(lambda row: wandb.log({f"{row['kind']}/{k}": v for k, v in row.items()
+                                                     if isinstance(v, float)}, step=row["step"]))
+
+    def say(self, text=""):
+        """Print from rank 0 without breaking the progress bar."""
+        if self.rank == 0:
+            tqdm.write(str(text), file=sys.stdout)
+            sys.stdout.flush()
+
+    def log(self, kind, step, **row):
+        """Append one JSON object to log.jsonl (and to TensorBoard / Weights & Biases)."""
+        if self.rank:
+            return
+        row = dict(kind=kind, step=step, **row)
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v
+                                   for k, v in row.items()}) + "\n")
+        for sink in self.sinks:
+            sink(row)
+
+    def read_log(self):
+        """The rows of log.jsonl as dictionaries."""
+        path = self.out / "log.jsonl"
+        return [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
+
+    def describe(self):
+        """Where and how this run computes, in words."""
+        return (f"{self.device.type} {self.dtype}, {self.world} process(es) x "
+                f"{torch.get_num_threads()} threads, folder {self.out}")
+
+    def average(self, model, loss):
+        """Mean of the gradients and of `loss` over the torchrun processes (one flat all-reduce)."""
+        if self.world == 1:
+            return loss
+        grads = [p.grad for p in model.parameters()]
+        flat = torch.cat([grad.reshape(-1) for grad in grads] + [grads[0].new_tensor([loss])])
+        dist.all_reduce(flat)
+        flat /= self.world
+        for grad, part in zip(grads, flat[:-1].split([grad.numel() for grad in grads])):
+            grad.copy_(part.view_as(grad))
+        return flat[-1].item()
+
+    def train_row(self, step, tokens, **figures):
+        """Log one optimizer step of `tokens` tokens and move the progress bar. Time spent in
+        evaluation is not counted."""
+        now = time.time()
+        self.seconds += now - self.clock
+        self.rate = tokens / (now - self.clock) if not self.rate else \
+            0.9 * self.rate + 0.1 * tokens / (now - self.clock)
+        self.clock = now
+        self.log("train", step, tokens=step * tokens, **figures, tok_s=self.rate,
+                 seconds=self.seconds)
+        self.shown |= dict(loss=figures["loss"], tok_s=self.rate)
+        self.progress(step)
+
+    def progress(self, step):
+        """Move the progress bar (loss, last validation, tokens per second, time left)."""
+        if self.rank == 0:
+            if self.bar is None:
+                self.bar = tqdm(total=self.cfg.steps, initial=step, unit="step", dynamic_ncols=True)
+            self.bar.set_postfix({k: f"{v:.3f}" if v < 1000 else f"{v:,.0f}"
+                                  for k, v in self.shown.items()}, refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def validate(self, step, evaluate, report):
+        """Call evaluate() on rank 0, log what it returns and print report(it)."""
+        if self.rank == 0:
+            with self.amp:
+                row = evaluate()
+            self.log("val", step, **row)
+            self.say(f"step {step:5d}  {report(row)}")
+            self.shown |= dict(val=row["nats_per_token"])
+        self.clock = time.time()
+
+    def rewind(self, step):
+        """Drop from log.jsonl what lies after `step`: it will be written again."""
+        if self.rank == 0:
+            rows = [row for row in self.read_log() if row["step"] < step or
+                    row["kind"] == "train" and row["step"] == step]
+            replace(self.out / "log.jsonl", lambda p: p.write_text(
+                "".join(json.dumps(row) + "\n" for row in rows)))
+            self.seconds = max([row.get("seconds", 0) for row in rows], default=0)
+
+    def save(self, model, state, tokenizer, parameters):
+        """Write config.json, tokenizer.json, model.safetensors (what is evaluated) and state.pt
+        (what --resume needs); every file is replaced whole or not at all."""
+        if self.rank:
+            return
+        facts = dict(command=" ".join(sys.argv), step=state["step"], parameters=parameters,
+                     device=str(self.device), dtype=self.dtype, threads=torch.get_num_threads(),
+                     processes=self.world, torch=torch.__version__, machine=platform.processor()
+                     or platform.machine(), tokenizer=tokenizer.fingerprint)
+        tokenizer.save(self.out)
+        replace(self.out / "config.json", lambda p: p.write_text(
+            json.dumps(dict(config=dataclasses.asdict(self.cfg), run=facts), indent=1)))
+        replace(self.out / "model.safetensors", lambda p: save_file(model.state_dict(), p))
+        replace(self.out / "state.pt", lambda p: torch.save(state, p))
+
+
+# -------------------------------------------------------------------------------- checkpoints
+
+def replace(path, write):
+    """write(temporary file), then rename it to `path`: an interrupted write leaves the old file."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_config(Config, out):
+    """out/config.json -> Config; a missing, broken or foreign file is a UserError."""
+    path = Path(out) / "config.json"
+    if not path.exists():
+        raise UserError(f"no checkpoint in {out}: train first, or name its folder with --out")
+    try:
+        stored = json.loads(path.read_text())["config"]
+        return Config(**stored)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not a configuration of this script: was it written by another "
+                        "method or version?") from None
+
+
+def load_weights(model, out):
+    """Copy out/model.safetensors into `model`; a broken or foreign file is a UserError."""
+    path = Path(out) / "model.safetensors"
+    try:
+        model.load_state_dict(load_file(path))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: train first, or name the folder with --out") from None
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise UserError(f"{path} does not fit this model ({str(error).strip().splitlines()[-1]}): "
+                        "it is broken or was trained with other flags") from None
+
+
+def load_state(out, device):
+    """out/state.pt as a dictionary (weights_only: no code is run); broken is a UserError."""
+    path = Path(out) / "state.pt"
+    if not path.exists():
+        raise UserError(f"--resume found no {path}: leave it out to start a new run")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception:
+        raise UserError(f"{path} is broken: delete it and start again") from None
+
+
+def check_tokenizer(out, tokenizer):
+    """Raise a UserError unless the data's tokenizer is the one the checkpoint was trained with."""
+    stored = json.loads((Path(out) / "config.json").read_text())["run"]["tokenizer"]
+    if stored != tokenizer.fingerprint:
+        raise UserError(f"the checkpoint in {out} was trained with another tokenizer ({stored}) than "
+                        f"the data's {tokenizer.name} ({tokenizer.fingerprint}): use the data and "
+                        "--tokenizer it was trained with, or another --out")
+
+
+def check_same(cfg, stored, names, what):
+    """Raise a UserError that lists the fields of `names` in which two Configs differ."""
+    differ = [f"--{k.replace('_', '-')} {getattr(cfg, k)} (stored: {getattr(stored, k)})"
+              for k in names if getattr(cfg, k) != getattr(stored, k)]
+    if differ:
+        raise UserError(f"{what} was made with other settings: {', '.join(differ)}")
+
+
+# --------------------------------------------------------------------------- metrics and film
+
+def text_metrics(rows):
+    """rows: lists of token ids -> distinct-n (share of n-grams that are different), entropy of the
+    pooled unigrams in nats, repetition (share of tokens equal to the one before)."""
+    out = {}
+    for n in (1, 2, 3):
+        grams = Counter(tuple(row[i:i + n]) for row in rows for i in range(len(row) - n + 1))
+        out[f"distinct_{n}"] = len(grams) / max(1, grams.total())
+        if n == 1:
+            total = max(1, grams.total())
+            out["entropy"] = -sum(c / total * math.log(c / total) for c in grams.values())
+    pairs = [a == b for row in rows for a, b in zip(row, row[1:])]
+    return out | dict(repetition=sum(pairs) / max(1, len(pairs)))
+
+
+def judge_tales(texts):
+    """Grade texts by the corpus' own grammar: share valid, mean prefix / known / agree, and the mean
+    true nats of the valid ones (shorter stories survive more often: read it beside `valid`)."""
+    from data.tales import Tales
+    tales = Tales()
+    marks = [tales.judge(text) for text in texts]
+    mean = lambda key: sum(float(m[key]) for m in marks) / max(1, len(marks))
+    valid = [-m["logp"] for m in marks if m["valid"]]
+    return dict(valid=mean("valid"), prefix=mean("prefix"), known=mean("known"), agree=mean("agree"),
+                nll_valid=sum(valid) / len(valid) if valid else None)
+
+
+def show_ids(ids, tokenizer):
+    """Token ids -> one line of text in which every unwritten or masked position is a block."""
+    text, run = "", []
+    for i in list(ids) + [None]:
+        if i is not None and 0 <= i < tokenizer.vocab_size:
+            run.append(i)
+            continue
+        text += tokenizer.decode(run) + (MASK_GLYPH if i is not None else "")
+        run = []
+    return " ".join(text.split())
+
+
+def filmstrip(film, tokenizer, frames=6, width=96, lines=3):
+    """A sampling trajectory as text. film: list of (label, ids (T,)); masked ids lie outside the
+    vocabulary."""
+    picks = sorted({round(i * (len(film) - 1) / max(1, frames - 1)) for i in range(frames)})
+    rows = []
+    for i in picks:
+        cut = textwrap.wrap(show_ids(film[i][1], tokenizer), width) or [""]
+        for j, line in enumerate(cut[:lines]):
+            more = " ..." if j == lines - 1 and len(cut) > lines else ""
+            rows.append(f"{film[i][0] if j == 0 else '':>5}  {line}{more}")
+    return "\n".join(rows)
+
+
+# ------------------------------------------------------------------------------------ figures
+
+def _axes(width, height):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt.subplots(figsize=(width, height), dpi=100, layout="constrained")
+
+
+def plot_loss(path, rows, uniform):
+    """loss.png: training loss and validated likelihood against steps, the entropy as a line."""
+    figure, axes = _axes(7, 4.2)
+    train = [row for row in rows if row["kind"] == "train"]
+    val = [row for row in rows if row["kind"] == "val"]
+    axes.plot([r["step"] for r in train], [r["loss"] for r in train], lw=0.6, alpha=0.5,
+              color="tab:gray", label="training loss")
+    kind = "exact" if val[-1]["bound"] == "exact" else "upper bound"
+    axes.errorbar([r["step"] for r in val], [r["nats_per_token"] for r in val],
+                  [2 * r["nats_per_token_se"] for r in val], marker="o", ms=4, capsize=2,
+                  color="tab:blue", label=f"validation ({kind}, 2 SE)")
+    if val[-1]["floor_per_doc"] is not None:
+        floor = val[-1]["nats_per_token"] * val[-1]["floor_per_doc"] / val[-1]["nats_per_doc"]
+        axes.axhline(floor, ls="--", color="tab:green", label=f"entropy {floor:.3f}")
+    axes.set(xlabel="step", ylabel="nats per token", yscale="log", title=path.parent.name)
+    ticks = [t for t in (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24) if t <= 1.1 * max(
+        r["nats_per_token"] for r in val)]
+    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    replace(path, lambda p: figure.savefig(p, format="png"))
+
+
+def plot_trace(path, film, tokenizer, cfg):
+    """trace.png: when each position of one sample was written (left) and what it says (right)."""
+    figure, axes = _axes(9, 4.6)
+    last = film[-1][1]
+    written = [next((k for k, (_, ids) in enumerate(film) if ids[i] == last[i] and 0 <= ids[i]
+                     < tokenizer.vocab_size), len(film)) for i in range(len(last))]
+    inside = [i for i, t in enumerate(last) if t != cfg.eos]
+    axes.scatter(range(len(last)), written, s=9, color="lightgray", label="end of document")
+    axes.scatter(inside, [written[i] for i in inside], s=12, c=[written[i] for i in inside],
+                 cmap="viridis")
+    for i in inside[::max(1, len(inside) // 45)]:
+        axes.annotate(tokenizer.decode([last[i]]).strip(), (i, written[i]), fontsize=6.5, rotation=45,
+                      xytext=(1, 2), textcoords="offset points")
+    axes.set(xlabel="position in the row", ylabel="step at which it was written",
+             title="one sample: every position when it was written")
+    axes.margins(x=0.02, y=0.12)
+    replace(path, lambda p: figure.savefig(p, format="png"))

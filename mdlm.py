@@ -1,0 +1,746 @@
+"""Masked diffusion language model: hide some tokens, learn to say what was hidden, sample by unhiding.
+
+Method: MDLM (Sahoo et al. 2024, arXiv 2406.07524), MD4 (Shi et al. 2024), LLaDA (Nie et al. 2025).
+
+    python mdlm.py                  trains on the tales corpus
+    python mdlm.py sample --prompt "Once upon a time" --n 3 --order maxprob --sampling-steps 40
+    python mdlm.py eval             test bound and graded samples of the checkpoint
+
+Equations. gamma(t) is the mask rate, rising from gamma(0) = 0 to gamma(1) = 1; M the mask state.
+    (E1)  q(x_t,i = M | x_0) = gamma(t), independently for every position i; else x_t,i = x_0,i
+    (E2)  c_i = -log p(x_0,i | x_t) for masked i: the network predicts V real tokens, never M
+    (E3)  NELBO = int_0^1 gamma'(t)/gamma(t) E sum_masked c_i dt >= -log p(x_0)
+    (E4)        = sum_{n=1..T} (1/n) E_{|A|=n} sum_{i in A} c_i          n masks, any n equally often
+    (E5)  NELBO_N = sum_{k=1..N} (gamma_k - gamma_{k-1})/gamma_k E sum_masked c_i    N-step sampler
+    (E6)  t -> s: each masked token is revealed with probability (gamma_t - gamma_s)/gamma_t
+    (E7)  a revealed token is drawn from p(. | x_t) and never changes again
+
+Shapes: B batch, T tokens, V vocabulary, C width, H heads, D = C / H head width.
+Units: nats. Every position of a row is charged, the EOS-filled tail too: nobody is told the length.
+
+Differs from the paper: no time cut-off epsilon anywhere; bounds by systematic counts of masks (E4)
+instead of random t, with a fifth of the variance; the trunk of ar.py and its optimizers.
+Differs from ar.py: attention looks both ways; one more input embedding, M; the loss covers masked
+positions; the likelihood is a bound; tokens are written in any order, several at a time.
+"""
+import copy
+import functools
+import math
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+from common import UserError
+from data.prepare import load_tokenizer, open_split, prepare, verify
+
+NAME, BOUND = "mdlm", "upper"
+
+# ----------------------------------------------------------------------------------------------
+# 1. config
+# ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    data: str = "tales"  # tales, tinystories, wikitext2, openwebtext, fineweb, or a file or folder
+    tokenizer: str = "bpe"  # bpe (trained on the data), gpt2, byte, hf:NAME
+    vocab_size: int = 0  # tokens to predict; 0 = the tokenizer's own size (bpe: 2048)
+    docs: int = 0  # use at most this many documents; 0 = all
+    rows: str = "auto"  # docs: a document a row, EOS-filled; stream: windows; auto: docs for tales
+    preset: str = "tiny"  # tiny 4x192, small 8x512, medium 12x768
+    seed: int = 1337  # weights, batches and noise
+    device: str = "auto"  # auto, cpu, cuda, mps
+    dtype: str = "auto"  # auto, float32, bfloat16 (autocast)
+    steps: int = 1200  # optimizer steps
+    batch_size: int = 32  # rows per micro-batch, over all processes
+    seq_len: int = 160  # tokens per row
+    n_layer: int = 4  # blocks
+    n_head: int = 4  # heads
+    n_embd: int = 192  # width
+    lr: float = 4e-3  # peak learning rate
+    warmup: int = 50  # steps of linear warm-up; then cosine to zero
+    grad_clip: float = 1.0  # largest gradient norm; 0 = off
+    grad_accum: int = 1  # micro-batches per step
+    ema: float = 0.99  # averaging of the weights that are evaluated; 0 = off
+    eval_every: int = 200  # steps between evaluations
+    save_every: int = 500  # steps between checkpoints
+    out: str = ""  # run folder; empty = out/<script>
+    resume: bool = False  # continue the run in the run folder
+    compile: bool = False  # torch.compile: half a minute first, then faster
+    log: str = ""  # tensorboard, wandb or both (comma)
+    # sampling
+    n: int = 4  # samples
+    prompt: str = ""  # text that every sample begins with
+    temperature: float = 1.0  # below 1: safer, less diverse; 0: the likeliest token
+    top_k: int = 0  # keep the k likeliest tokens; 0 = all
+    top_p: float = 1.0  # keep the likeliest tokens that hold this much probability
+    trace: bool = False  # show the sampling trajectory
+    # method
+    schedule: str = "linear"  # mask rate: linear, cosine, log-linear, maskgit, powerK (power2 ...)
+    loss: Literal["ce_seq", "ce_batch", "nelbo"] = "ce_seq"  # how masked tokens are averaged
+    t_sampler: Literal["iid", "stratified", "systematic", "antithetic"] = "systematic"  # draws of t
+    exact_count: bool = True  # mask exactly n tokens instead of each with probability gamma
+    cond: Literal["none", "add", "table", "adaln"] = "none"  # how the network is told the mask rate
+    order: Literal["random", "maxprob"] = "random"  # which masked positions are revealed first
+    quota: Literal["even", "binomial"] = "even"  # how many per step: N/steps, or ancestral (E6)
+    sampling_steps: int = 0  # 0 = one token per step
+    # filled in from the data
+    eos: int = -1  # end of document; also BOS where the tokenizer has no other
+    bos: int = -1  # first input
+    data_dir: str = ""  # where the prepared data are
+
+
+PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256, lr=2e-3),
+               medium=dict(n_layer=12, n_head=12, n_embd=768, seq_len=512, lr=1e-3))
+SHAPE = ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd", "rows")  # fixed by a checkpoint
+
+# ----------------------------------------------------------------------------------------------
+# 2. data
+# ----------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache
+def open_data(folder):
+    """Memmaps of a prepared folder: .train/.val/.test = (ids, offsets, log p or None), .tokenizer."""
+    verify(folder)
+    return SimpleNamespace(tokenizer=load_tokenizer(folder),
+                           **{s: open_split(folder, s) for s in ("train", "val", "test")})
+
+
+def fill_in(cfg, rank=0):
+    """Prepare the data if needed and write what they fix (vocabulary, rows) into cfg."""
+    cfg.data_dir = str(prepare(cfg.data, cfg.tokenizer, cfg.vocab_size, cfg.docs, quiet=rank > 0))
+    tokenizer = open_data(cfg.data_dir).tokenizer
+    cfg.vocab_size, cfg.eos, cfg.bos = tokenizer.vocab_size, tokenizer.eos, tokenizer.bos
+    if cfg.rows == "auto":
+        cfg.rows = "docs" if cfg.data == "tales" else "stream"
+    ids = open_data(cfg.data_dir).train[0]
+    if cfg.rows == "stream" and len(ids) <= cfg.seq_len:
+        raise UserError(f"the training split has {len(ids)} tokens, fewer than --seq-len "
+                        f"{cfg.seq_len}: use a smaller --seq-len or more text")
+    return cfg
+
+
+def take(split, cfg, index):
+    """Rows `index` of a split: documents, EOS-filled and cut at seq_len, or windows.  # (B, T)"""
+    ids, offsets, _ = getattr(open_data(cfg.data_dir), split)
+    column = np.arange(cfg.seq_len)
+    index = np.asarray(index)
+    if cfg.rows == "stream":
+        return torch.from_numpy(ids[index[:, None] + column].astype(np.int64))
+    start, end = offsets[index], offsets[index + 1]
+    where = start[:, None] + column
+    rows = ids[np.minimum(where, len(ids) - 1)].astype(np.int64)
+    return torch.from_numpy(np.where(where < end[:, None], rows, cfg.eos))
+
+
+def get_batch(split, cfg, g):
+    """The rows of one optimizer step, drawn at random: (grad_accum * batch_size, T) int64."""
+    ids, offsets, _ = getattr(open_data(cfg.data_dir), split)
+    many = len(offsets) - 1 if cfg.rows == "docs" else len(ids) - cfg.seq_len + 1
+    return take(split, cfg, torch.randint(many, (cfg.grad_accum * cfg.batch_size,), generator=g))
+
+
+def get_eval_rows(split, cfg, n):
+    """The first n documents (or n evenly spaced windows) of a split and, where it is known, the
+    true -log p of each document in nats: (n, T), (n,) or None."""
+    ids, offsets, logp = getattr(open_data(cfg.data_dir), split)
+    if cfg.rows == "stream":
+        last = len(ids) - cfg.seq_len
+        if last < 0:
+            raise UserError(f"the {split} split has {len(ids)} tokens, fewer than --seq-len")
+        return take(split, cfg, np.linspace(0, last, min(n, last + 1)).astype(int)), None
+    n = min(n, len(offsets) - 1)
+    whole = np.diff(offsets[:n + 1]).max() <= cfg.seq_len  # a cut document has no known floor
+    floor = torch.from_numpy(-np.asarray(logp[:n])) if logp is not None and whole else None
+    return take(split, cfg, np.arange(n)), floor
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. model
+# ----------------------------------------------------------------------------------------------
+
+
+def rotary(positions, width):
+    """cos and sin of rotary positions (Su et al. 2021, eq. 34): two (len(positions), width / 2)."""
+    inverse = 10000 ** (-torch.arange(0, width, 2, device=positions.device) / width)
+    angle = positions[:, None] * inverse
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, rope):
+    """Turn the pairs (x_j, x_{j + D/2}) by their position's angles.  # (B, H, T, D)"""
+    cos, sin = (part.to(x.dtype) for part in rope)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+
+
+def attend(q, k, v, causal):
+    """Softmax attention: (B, H, Tq, D), (B, H, Tk, D) twice -> (B, H, Tq, D). Written out on CPUs,
+    where PyTorch's fused kernel is 4x slower in bfloat16 (backward pass, 2.13)."""
+    Tq, Tk = q.shape[2], k.shape[2]
+    if q.is_cuda and Tq == Tk:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5  # (B, H, Tq, Tk)
+    if causal and Tq > 1:  # the last query sees every key
+        future = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).triu(Tk - Tq + 1)
+        scores = scores.masked_fill(future, -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_head = cfg.n_head
+        self.qkv = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=False)
+        self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
+
+    def forward(self, x, rope, causal, past=None):
+        """past: None, or this layer's [k, v], which is extended in place by the new positions."""
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q = rotate(F.rms_norm(q, q.shape[-1:]), rope)  # (B, H, T, D)
+        k = rotate(F.rms_norm(k, k.shape[-1:]), rope)
+        if past is not None:
+            past[:] = k, v = [torch.cat(pair, 2) for pair in zip(past, (k, v))] if past else [k, v]
+        y = attend(q, k, v, causal)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.fc = nn.Linear(cfg.n_embd, 4 * cfg.n_embd, bias=False)
+        self.proj = nn.Linear(4 * cfg.n_embd, cfg.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.proj(F.gelu(self.fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm1, self.attn = nn.RMSNorm(cfg.n_embd), Attention(cfg)
+        self.norm2, self.mlp = nn.RMSNorm(cfg.n_embd), MLP(cfg)
+        self.ada_head = nn.Linear(cfg.n_embd, 6 * cfg.n_embd) if cfg.cond == "adaln" else None
+
+    def forward(self, x, rope, causal, past=None, noise=None):
+        """noise (B, 1, C): adaLN (Peebles & Xie 2023, section 3.2). Its gates start at one, not at
+        zero: the residual outputs are zero already, and both together would never learn."""
+        if self.ada_head is None:
+            x = x + self.attn(self.norm1(x), rope, causal, past)
+            return x + self.mlp(self.norm2(x))
+        a1, b1, c1, a2, b2, c2 = self.ada_head(noise).chunk(6, -1)
+        x = x + (1 + c1) * self.attn(self.norm1(x) * (1 + a1) + b1, rope, causal, past)
+        return x + (1 + c2) * self.mlp(self.norm2(x) * (1 + a2) + b2)
+
+
+class Model(nn.Module):
+    """Bidirectional transformer: ids (B, T) in 0..V, where V is the mask, and mask rates gamma (B,)
+    -> logits (B, T, V), or (len(where), V) for `where`, a boolean (B, T) that names the positions
+    whose logits are wanted (the head is the largest matrix)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.head_width, self.cond = cfg.n_embd // cfg.n_head, cfg.cond
+        self.wte = nn.Embedding(cfg.vocab_size + 1, cfg.n_embd)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.norm = nn.RMSNorm(cfg.n_embd)
+        self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        if cfg.cond == "table":
+            self.noise_head = nn.Embedding(64, cfg.n_embd)
+        elif cfg.cond != "none":
+            self.noise_in = nn.Linear(2 * 64, cfg.n_embd)
+            self.noise_head = nn.Linear(cfg.n_embd, cfg.n_embd)
+        init_weights(self)
+
+    def embed_noise(self, gamma):
+        """Mask rate (B,) -> (B, 1, C), zero at initialisation where it is added to the tokens."""
+        if self.cond == "table":
+            return self.noise_head((gamma * 64).long().clamp(0, 63))[:, None]
+        angle = 1000 * gamma[:, None] * 10000 ** (-torch.arange(64, device=gamma.device) / 64)
+        h = F.silu(self.noise_in(torch.cat((angle.cos(), angle.sin()), 1)))
+        return (h if self.cond == "adaln" else self.noise_head(h))[:, None]
+
+    def forward(self, idx, gamma, where=None):
+        rope = rotary(torch.arange(idx.shape[1], device=idx.device), self.head_width)
+        x = self.wte(idx)  # (B, T, C)
+        noise = self.embed_noise(gamma) if self.cond != "none" else None
+        if self.cond in ("add", "table"):
+            x = x + noise
+        for block in self.blocks:
+            x = block(x, rope, False, None, noise)
+        x = self.norm(x)
+        return self.head(x if where is None else x[where])
+
+
+def init_weights(model):
+    """Normal(0, 0.02) everywhere; residual outputs and head zero, so the model starts uniform."""
+    for name, p in model.named_parameters():
+        if p.dim() > 1:
+            nn.init.zeros_(p) if name.endswith(("proj.weight", "head.weight")) \
+                else nn.init.normal_(p, std=0.02)
+
+
+# ----------------------------------------------------------------------------------------------
+# 4. corrupt and loss
+# ----------------------------------------------------------------------------------------------
+
+SCHEDULES = {  # name: mask rate gamma(t), its derivative, its inverse
+    "linear": (lambda t: t, torch.ones_like, lambda y: y),
+    "cosine": (lambda t: 2 * (math.pi / 4 * t).sin() ** 2,  # = 1 - cos(pi t / 2), without the
+               lambda t: math.pi / 2 * (math.pi / 2 * t).sin(),  # cancellation at small t
+               lambda y: 2 / math.pi * (1 - y).acos()),
+    "log-linear": (lambda t: t * (2 - t), lambda t: 2 * (1 - t), lambda y: 1 - (1 - y).sqrt()),
+    "maskgit": (lambda t: (math.pi / 2 * t).sin(), lambda t: math.pi / 2 * (math.pi / 2 * t).cos(),
+                lambda y: 2 / math.pi * y.asin()),
+}
+
+
+def get_schedule(name):
+    """Name -> (gamma, its derivative, its inverse), functions of tensors in [0, 1]. powerK: t^K."""
+    if name.startswith("power") and name[5:].replace(".", "", 1).isdigit() and float(name[5:]) > 0:
+        k = float(name[5:])
+        return lambda t: t ** k, lambda t: k * t ** (k - 1), lambda y: y ** (1 / k)
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule '{name}': choose {', '.join(SCHEDULES)} or powerK. (What "
+                         "papers call 'loglinear' is linear here, since its mask rate is t; "
+                         "log-linear here is 1 - (1 - t)^2.)")
+    return SCHEDULES[name]
+
+
+def draw_t(B, how, g):
+    """B times in [0, 1), each uniform; all but iid spread them evenly over the batch.  # (B,)"""
+    if how == "iid":
+        return torch.rand(B, generator=g)
+    if how == "stratified":  # one in each of B cells
+        return (torch.arange(B) + torch.rand(B, generator=g)) / B
+    if how == "systematic":  # a comb with one random offset
+        return (torch.arange(B) / B + torch.rand(1, generator=g)) % 1
+    u = torch.rand((B + 1) // 2, generator=g)  # antithetic: pairs u, 1 - u
+    return torch.cat((u, 1 - u))[:B].clamp(max=1 - 2 ** -24)
+
+
+def corrupt(x0, t, cfg, g, frozen=None):
+    """Mask each position with probability gamma(t): x0 (B, T), t (B,) -> xt, is_mask (B, T). The
+    boolean `frozen` (B, T) names positions that are never masked."""
+    gamma = get_schedule(cfg.schedule)[0](t)[:, None]
+    is_mask = (torch.rand(x0.shape, generator=g) < gamma).to(x0.device)  # (E1)
+    if frozen is not None:
+        is_mask &= ~frozen
+    return x0.masked_fill(is_mask, cfg.vocab_size), is_mask
+
+
+def corrupt_count(x0, n, cfg, g, frozen=None):
+    """Mask exactly n (B,) positions of each row, every subset equally likely: xt, is_mask (B, T)."""
+    score = torch.rand(x0.shape, generator=g).to(x0.device)
+    if frozen is not None:
+        score = score.masked_fill(frozen, 2.0)
+    is_mask = score.argsort(1).argsort(1) < n.to(x0.device)[:, None]
+    return x0.masked_fill(is_mask, cfg.vocab_size), is_mask
+
+
+def masked_ce(model, x0, xt, gamma, is_mask):
+    """Cross-entropy c_i in nats at the masked positions, zero elsewhere.  # (B, T)"""
+    logits = model(xt, gamma.to(x0.device), is_mask).float()  # (number masked, V)
+    ce = torch.zeros(x0.shape, device=x0.device)
+    ce[is_mask] = F.cross_entropy(logits, x0[is_mask], reduction="none")  # (E2)
+    return ce
+
+
+def loss_fn(model, x0, cfg, g, rows=slice(None)):
+    """Training loss of the batch x0 (B, T), a scalar to differentiate, and info. The noise is drawn
+    for the whole batch; then only `rows` of it are worked on, weighted so that the mean over equal
+    shares is the batch's loss. cfg.loss: ce_seq, each row averaged over its masked tokens first
+    (with the linear schedule the NELBO per token); ce_batch, all masked tokens alike (no bound);
+    nelbo, the weight of (E3) or (E4) for any schedule."""
+    B, T = x0.shape
+    gamma_of, rate_of, inverse = get_schedule(cfg.schedule)
+    # 1. draw t
+    t = draw_t(B, cfg.t_sampler, g)
+    gamma = gamma_of(t)
+    # 2. corrupt
+    if cfg.exact_count:
+        n = (1 + (T * gamma).floor().long()).clamp(max=T)  # uniform on 1..T if gamma is
+        xt, is_mask = corrupt_count(x0, n, cfg, g)
+        gamma = n / T
+        weight = 1 / (T * (inverse(gamma) - inverse((n - 1) / T)))  # 1 / (T P(n)); linear: 1
+    else:
+        xt, is_mask = corrupt(x0, t, cfg, g)
+        weight = rate_of(t) * is_mask.sum(1).cpu() / gamma / T
+    # 3. predict
+    ce = masked_ce(model, x0[rows], xt[rows], gamma[rows], is_mask[rows])  # (B', T)
+    # 4. weigh
+    n = is_mask.sum(1)
+    row = ce.sum(1) / n[rows].clamp(min=1)  # (B',)
+    if cfg.loss == "ce_batch":
+        loss = ce.sum() / n.sum()
+    elif cfg.loss == "ce_seq":
+        loss = row.sum() / (n > 0).sum()
+    else:
+        loss = (weight[rows].to(row) * row).sum() / B  # (E3)
+    return loss * (B / len(row)), dict(masked=n.float().mean().item())
+
+
+def nelbo(model, x0, cfg, g, K=8):
+    """Upper bound on -log p(x0) in nats per row, (B,), unbiased, and info. K forwards a row with n
+    masks each, n on a comb over 1..T with one random offset per row: no cut-off, little variance."""
+    T, total = x0.shape[1], torch.zeros(len(x0), dtype=torch.float64)
+    u = torch.rand(len(x0), generator=g)
+    with torch.no_grad():
+        for k in range(K):
+            n = (1 + ((k + u) / K * T).floor().long()).clamp(max=T)
+            xt, is_mask = corrupt_count(x0, n, cfg, g)
+            for i in torch.arange(len(x0)).split(64):
+                ce = masked_ce(model, x0[i], xt[i], (n / T)[i], is_mask[i])
+                total[i] += (T / n[i]) * ce.double().sum(1).cpu() / K  # (E4)
+    return total, dict(forwards=K)
+
+
+def nelbo_steps(model, x0, cfg, g, steps):
+    """Upper bound on -log p of the `steps`-step ancestral sampler in nats per row, (B,), unbiased."""
+    grid = get_schedule(cfg.schedule)[0](torch.linspace(0, 1, steps + 1, dtype=torch.float64))
+    total = torch.zeros(len(x0), dtype=torch.float64)
+    with torch.no_grad():
+        for k in range(1, steps + 1):
+            t = torch.full((len(x0),), k / steps)
+            xt, is_mask = corrupt(x0, t, cfg, g)
+            ce = masked_ce(model, x0, xt, get_schedule(cfg.schedule)[0](t), is_mask)
+            total += (grid[k] - grid[k - 1]) / grid[k] * ce.double().sum(1).cpu()  # (E5)
+    return total
+
+
+@torch.no_grad()
+def exact(model, x0, cfg):
+    """For one short row x0 (T,), T <= 12, by all 2^T mask patterns: the NELBO (E4) and the exact
+    -log p of the sampler that reveals one random position at a time, in nats. With A the masked set,
+    F({}) = 1 and F(A) = 1/|A| sum_{i in A} p(x_i | rest) F(A - i); -log p = -log F(all)."""
+    T = len(x0)
+    code = torch.arange(2 ** T)
+    is_mask = (code[:, None] >> torch.arange(T) & 1).bool()  # (2^T, T)
+    n = is_mask.sum(1)
+    rows = x0.expand(2 ** T, T)
+    ce = masked_ce(model, rows, rows.masked_fill(is_mask, cfg.vocab_size), n / T, is_mask).double()
+    same = torch.bincount(n)[n]  # how many sets have this size
+    bound = (ce.sum(1) / (n.clamp(min=1) * same)).sum()  # (E4)
+    F_ = torch.ones(2 ** T, dtype=torch.float64)
+    for size in range(1, T + 1):
+        sets = code[n == size]
+        less = sets[:, None] ^ (1 << torch.arange(T))  # A without i, where i is in A
+        F_[sets] = (is_mask[sets] * (-ce[sets]).exp() * F_[less]).sum(1) / size
+    return bound, -F_[-1].log()
+
+
+# ----------------------------------------------------------------------------------------------
+# 5. sample
+# ----------------------------------------------------------------------------------------------
+
+
+def filter_logits(logits, cfg):
+    """Temperature, then top-k, then top-p: logits (n, V) -> float logits with -inf at what is cut.
+    Top-k keeps ties; top-p keeps the smallest set that holds top_p, at least one token."""
+    logits = logits.float()
+    if cfg.temperature == 0:
+        return torch.full_like(logits, -torch.inf).scatter(1, logits.argmax(1, True), 0.0)
+    logits = logits / cfg.temperature
+    if 0 < cfg.top_k < logits.shape[1]:
+        least = logits.topk(cfg.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if cfg.top_p < 1:
+        value, index = logits.sort(descending=True)
+        p = value.softmax(1)
+        cut = p.cumsum(1) - p >= cfg.top_p  # the mass before a token already suffices
+        cut[:, 0] = False
+        logits = logits.masked_fill(torch.zeros_like(cut).scatter(1, index, cut), -torch.inf)
+    return logits
+
+
+def categorical(logits, g):
+    """One draw per row of logits (n, V) -> (n,), by inverting the cumulative distribution in
+    float64: float32 noise would cut off the tail (Zheng et al. 2024, section 5)."""
+    p = (logits.cpu() if logits.device.type == "mps" else logits).double().softmax(1)
+    u = torch.rand(len(p), 1, generator=g, dtype=torch.float64).to(p.device)
+    cumulative = p.cumsum(1)
+    u = u * cumulative[:, -1:]
+    return (cumulative <= u).sum(1).clamp(max=p.shape[1] - 1).to(logits.device)
+
+
+def reveal_counts(todo, steps, cfg, g):
+    """How many positions each call reveals: (B, calls), rows sum to todo.sum(1), zeros come last.
+    even: N / steps. binomial: every masked position draws its own level u and is revealed in the
+    step where the mask rate falls below u: the ancestral sampler. Steps that reveal nothing are
+    never computed: 1000 steps cost at most T calls, for every row of the batch."""
+    B, N = len(todo), todo.sum(1)
+    if cfg.quota == "even":
+        step = torch.arange(steps)
+        counts = N[:, None] // steps + (step < N[:, None] % steps)
+    else:
+        grid = get_schedule(cfg.schedule)[0](torch.linspace(1, 0, steps + 1, dtype=torch.float64))
+        u = torch.rand(todo.shape, generator=g, dtype=torch.float64)
+        step = torch.searchsorted(-grid[1:], -u, right=False).clamp(max=steps - 1)  # (E6)
+        counts = torch.zeros(B, steps, dtype=torch.long).scatter_add(1, step, todo.long())
+    counts = counts.gather(1, (counts == 0).long().argsort(1, stable=True))
+    return counts[:, :max(1, int((counts > 0).sum(1).max()))]
+
+
+@torch.no_grad()
+def sample(model, cfg, n, g, prompt=None, trace=None, start=None):
+    """n rows of T = seq_len ids, (n, T), and info (nfe = network calls). `prompt` (P,) ids begin
+    every row; or `start` (n, T) holds the mask id V where tokens are wanted, and all else is kept.
+    `trace`, a list, receives (call, ids) pairs."""
+    device, M = next(model.parameters()).device, cfg.vocab_size
+    # 1. start from masks; what is given stays
+    x = torch.full((n, cfg.seq_len), M, device=device) if start is None else start.clone()
+    if prompt is not None:
+        x[:, :len(prompt)] = prompt
+    wanted = (x == M).sum(1)
+    # 2. plan how many positions every call reveals
+    counts = reveal_counts((x == M).cpu(), cfg.sampling_steps or cfg.seq_len, cfg, g).to(device)
+    if trace is not None:
+        trace.append((0, x.cpu()))
+    for k in range(counts.shape[1]):
+        row = counts[:, k].nonzero()[:, 0]  # rows that still have something to reveal
+        if not len(row):
+            break
+        xt, todo = x[row], x[row] == M
+        gamma = todo.sum(1) / wanted[row]
+        # 3. choose positions, before any token is drawn: a choice that looked at the drawn token
+        #    would prefer likely ones and change the law
+        score = torch.rand(todo.shape, generator=g).to(device)
+        if cfg.order == "maxprob":
+            logits = model(xt, gamma, todo).float()  # (number masked, V)
+            score[todo] = logits.softmax(1).amax(1)
+        rank = score.masked_fill(~todo, -1).argsort(1, descending=True).argsort(1)
+        chosen = rank < counts[row, k, None]  # (rows, T)
+        logits = logits[chosen[todo]] if cfg.order == "maxprob" else model(xt, gamma, chosen)
+        # 4. draw their tokens, write them
+        xt[chosen] = categorical(filter_logits(logits, cfg), g)  # (E7)
+        x[row] = xt
+        if trace is not None:
+            trace.append((k + 1, x.cpu()))
+    return x, dict(nfe=counts.shape[1])
+
+
+# ----------------------------------------------------------------------------------------------
+# 6. train
+# ----------------------------------------------------------------------------------------------
+
+
+def get_lr(step, cfg):
+    """Learning rate of a step: linear warm-up, then a cosine to zero."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
+
+
+def make_optimizers(model, cfg):
+    """Muon for the matrices inside the blocks, AdamW for everything else; one learning rate."""
+    hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
+    rest = [p for name, p in model.named_parameters() if not (name.startswith("blocks") and p.dim() == 2)]
+    return [torch.optim.Muon(hidden, cfg.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, cfg.lr, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+@torch.no_grad()
+def evaluate(model, cfg, split="val", n=128):
+    """Likelihood of the first n rows of a split: nats per document and per token, bits per byte,
+    and the paired gap to the true entropy where that is known. Plain numbers for the log."""
+    x0, floor = get_eval_rows(split, cfg, n)
+    device = next(model.parameters()).device
+    nats = nelbo(model, x0.to(device), cfg, torch.Generator().manual_seed(0))[0].cpu().double()
+    tokens = tokens_of(x0, cfg)
+    size = sum(len(open_data(cfg.data_dir).tokenizer.decode(t).encode()) for t in tokens)
+    count = sum(map(len, tokens)) + (len(x0) if cfg.rows == "docs" else 0)  # EOS is a token too
+    se = lambda v: (v.std() / len(v) ** 0.5).item()
+    per_row, per_token = nats.mean().item(), nats.sum().item() / count
+    docs, known = cfg.rows == "docs", floor is not None
+    return dict(nats_per_doc=per_row if docs else None, se=se(nats) if docs else None,
+                floor_per_doc=floor.mean().item() if known else None,
+                gap=(nats - floor).mean().item() if known else None,
+                gap_se=se(nats - floor) if known else None,
+                nats_per_token=per_token, nats_per_token_se=se(nats) * len(x0) / count,
+                bits_per_byte=nats.sum().item() / math.log(2) / max(1, size), bound=BOUND, rows=len(x0))
+
+
+def tokens_of(x, cfg):
+    """Rows (B, T) -> lists of ids; a document ends before its first EOS."""
+    rows = x.tolist()
+    return [r[:r.index(cfg.eos)] if cfg.rows == "docs" and cfg.eos in r else r for r in rows]
+
+
+def report(row):
+    """One evaluation as one readable line."""
+    sign = "=" if row["bound"] == "exact" else "<="
+    text = f"nats/token {sign} {row['nats_per_token']:.3f}  bits/byte {sign} {row['bits_per_byte']:.3f}"
+    if row["nats_per_doc"] is not None:
+        text = f"nats/story {sign} {row['nats_per_doc']:.1f} +- {row['se']:.1f}  " + text
+    if row["gap"] is not None:
+        text += (f"  entropy {row['floor_per_doc']:.1f}, gap {row['gap']:.1f} +- {row['gap_se']:.1f}"
+                 f" ({row['gap'] / row['floor_per_doc']:+.1%})")
+    return text
+
+
+def unigram_nll(cfg):
+    """Nats per position of a unigram model (add-one counts of 4000 training rows) on validation
+    rows: what a model that ignores all context pays."""
+    g = torch.Generator().manual_seed(0)
+    many = copy.copy(cfg)
+    many.batch_size, many.grad_accum = 4000, 1
+    counts = torch.bincount(get_batch("train", many, g).flatten(), minlength=cfg.vocab_size) + 1.0
+    return -(counts / counts.sum()).log()[get_eval_rows("val", cfg, 500)[0]].mean().item()
+
+
+def grade(run, model, cfg, step, n=64):
+    """Draw n samples, grade and log them, write samples.txt and trace.png, print the film and two."""
+    tokenizer, trace, clock = open_data(cfg.data_dir).tokenizer, [], time.time()
+    with run.amp:
+        x, info = sample(model, cfg, n, torch.Generator().manual_seed(cfg.seed), trace=trace)
+    seconds, rows = time.time() - clock, tokens_of(x, cfg)
+    texts = [tokenizer.decode(row) for row in rows]
+    marks = common.judge_tales(texts) if cfg.data == "tales" else {}
+    marks |= common.text_metrics(rows)
+    run.log("samples", step, n=n, seconds=seconds, **info, **marks)
+    common.replace(run.out / "samples.txt", lambda p: p.write_text("\n<|endoftext|>\n".join(texts)))
+    film = [(label, ids[0].tolist()) for label, ids in trace]
+    common.plot_trace(run.out / "trace.png", film, tokenizer, cfg)
+    run.say("\n" + common.filmstrip(film, tokenizer) + "\n\n" + "\n\n".join(texts[:2]) + "\n")
+    run.say(f"{n} samples in {seconds:.1f} s: " + ", ".join(
+        f"{k} {v:.2f}" for k, v in (info | marks).items() if v is not None))
+
+
+def resume(run, cfg, model, ema, optimizers, g):
+    """Put the state of the run folder back and return its step."""
+    common.check_same(cfg, common.load_config(Config, run.out), SHAPE, f"the run in {run.out}")
+    common.check_tokenizer(run.out, open_data(cfg.data_dir).tokenizer)
+    state = common.load_state(run.out, run.device)
+    model.load_state_dict(state["model"])
+    ema.load_state_dict(state["ema"])
+    for optimizer, stored in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(stored)
+    g.set_state(state["g"].cpu())
+    run.rewind(state["step"])
+    return state["step"]
+
+
+def train(cfg):
+    """Train as the Config says; returns the averaged model. Everything it makes is in the run
+    folder: config, log, checkpoint, samples, figures."""
+    with common.Run(cfg, cfg.out or f"out/{NAME}") as run:
+        fill_in(cfg, run.rank)
+        torch.manual_seed(cfg.seed)
+        model = Model(cfg).to(run.device)
+        ema = copy.deepcopy(model).requires_grad_(False)  # what is evaluated and sampled from
+        optimizers = make_optimizers(model, cfg)
+        g = torch.Generator().manual_seed(cfg.seed)
+        step = resume(run, cfg, model, ema, optimizers, g) if cfg.resume else 0
+        fast = torch.compile(model) if cfg.compile else model
+        size = sum(p.numel() for p in model.parameters())
+        run.say(f"{NAME}.py: {size / 1e6:.2f}M parameters, vocabulary {cfg.vocab_size}, rows of "
+                f"{cfg.seq_len} ({cfg.rows}), {run.describe()}")
+        run.say(f"without a model: uniform {math.log(cfg.vocab_size):.3f}, unigram "
+                f"{unigram_nll(cfg):.3f} nats per position of a row")
+        share = cfg.batch_size // run.world  # rows of one process in one micro-batch
+
+        while step < cfg.steps and not run.stopping():
+            if step % cfg.eval_every == 0:
+                run.validate(step, lambda: evaluate(ema, cfg), report)
+            for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+                group["lr"] = get_lr(step, cfg)
+            # one batch and one noise for the whole step, shared out to micro-batches and processes
+            x0, noise, total = get_batch("train", cfg, g).to(run.device), g.get_state(), 0.0
+            for i in range(run.rank, cfg.grad_accum * run.world, run.world):
+                g.set_state(noise)
+                with run.amp:
+                    loss, info = loss_fn(fast, x0, cfg, g, slice(i * share, (i + 1) * share))
+                (loss / cfg.grad_accum).backward()
+                total += loss.item() / cfg.grad_accum
+            total = run.average(model, total)
+            if not math.isfinite(total):
+                raise UserError(f"the loss is {total} at step {step}: lower --lr; the last good "
+                                f"checkpoint is kept in {run.out}")
+            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            step += 1
+            for p, q in zip(ema.parameters(), model.parameters()):  # warms up: early weights fade
+                p.lerp_(q.detach(), 1 - min(cfg.ema, (1 + step) / (10 + step)))
+            run.train_row(step, x0.numel(), loss=total, lr=get_lr(step - 1, cfg), grad_norm=norm.item())
+            if step % cfg.save_every == 0 or step == cfg.steps or run.stopping():
+                run.save(ema, dict(step=step, model=model.state_dict(), ema=ema.state_dict(),
+                                   g=g.get_state(), optimizers=[o.state_dict() for o in optimizers]),
+                         open_data(cfg.data_dir).tokenizer, size)
+
+        if run.stop_signal:
+            run.say(f"stopped at step {step}; go on with --resume")
+            raise SystemExit(128 + run.stop_signal)
+        if run.rank == 0:
+            run.validate(step, lambda: evaluate(ema, cfg), report)
+            grade(run, ema, cfg, step)
+            common.plot_loss(run.out / "loss.png", run.read_log(), math.log(cfg.vocab_size))
+            run.say(f"{run.out}/: config.json log.jsonl model.safetensors state.pt samples.txt "
+                    "loss.png trace.png")
+    return ema
+
+
+# ----------------------------------------------------------------------------------------------
+# 7. main
+# ----------------------------------------------------------------------------------------------
+
+
+def restore(cfg, run):
+    """The checkpoint of a run folder: (averaged model, its tokenizer)."""
+    model = Model(cfg).to(run.device).requires_grad_(False)
+    common.load_weights(model, run.out)
+    return model, load_tokenizer(run.out)
+
+
+def main(argv):
+    """train (default), sample or eval."""
+    command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
+    if command not in ("train", "sample", "eval"):
+        raise UserError(f"unknown command '{command}': choose train, sample or eval")
+    cfg = common.parse(Config, PRESETS, argv, __doc__)
+    out = cfg.out or f"out/{NAME}"
+    if command == "train" and not cfg.resume:
+        return train(cfg) and None
+    stored = common.load_config(Config, out)  # flags are laid over what the run was made with
+    cfg = common.parse(Config, PRESETS, argv, __doc__, default=stored)
+    if command == "train":
+        return train(cfg) and None
+    common.check_same(cfg, stored, SHAPE, f"the checkpoint in {out}")
+    with common.Run(cfg, out, training=False) as run:
+        model, tokenizer = restore(cfg, run)
+        if command == "eval":
+            fill_in(cfg)
+            common.check_tokenizer(out, open_data(cfg.data_dir).tokenizer)
+            with run.amp:
+                row = evaluate(model, cfg, "test", 500)
+            run.log("test", -1, **row)
+            run.say(f"test, {row['rows']} rows: {report(row)}")
+            return grade(run, model, cfg, -1)
+        prompt = torch.tensor(tokenizer.encode(cfg.prompt), dtype=torch.long)
+        if len(prompt) >= cfg.seq_len:
+            raise UserError(f"the prompt has {len(prompt)} tokens, a row has room for "
+                            f"{cfg.seq_len - 1}: shorten --prompt")
+        trace = [] if cfg.trace else None
+        with run.amp:
+            x, info = sample(model, cfg, cfg.n, torch.Generator().manual_seed(cfg.seed),
+                             prompt.to(run.device), trace)
+        if cfg.trace:
+            film = [(label, ids[0].tolist()) for label, ids in trace]
+            common.plot_trace(run.out / "trace.png", film, tokenizer, cfg)
+            run.say(common.filmstrip(film, tokenizer) + "\n")
+        for row in tokens_of(x, cfg):
+            run.say(tokenizer.decode(row) + "\n")
+
+
+if __name__ == "__main__":
+    common.run_main(main)
