@@ -1,4 +1,4 @@
-"""Plumbing without any modelling: command line, devices, run folders, checkpoints, text metrics, film.
+"""Plumbing without any modelling: command line, devices, run folders, metrics, film, figures.
 
 If removing a line from this file would leave a reader unsure what a *method* does, that line is in
 the wrong file: schedules, corruption, losses, samplers, optimizers and training loops live in the
@@ -30,7 +30,7 @@ MASK_GLYPH = "░"
 
 
 class UserError(Exception):
-    """A mistake the user can repair: one sentence that says what is wrong and what to do. Exit code 2, no traceback."""
+    """A mistake the user can repair: one sentence, what is wrong and what to do; exit code 2."""
 
 
 # ------------------------------------------------------------------------------- command line
@@ -42,6 +42,9 @@ def run_main(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has seen enough (head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def parse(Config, presets, argv, doc, default=None):
@@ -95,7 +98,7 @@ def check(cfg):
 # ------------------------------------------------------------------------------------- devices
 
 def pick_device(name):
-    """'auto' -> cuda, mps or cpu, the first that exists; a device that is not there is a UserError."""
+    """'auto' -> cuda, mps or cpu, the first that exists; one that is not there is a UserError."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if cuda else "mps" if mps else "cpu"
@@ -262,8 +265,8 @@ class Run:
                                   for k, v in self.shown.items()}, refresh=False)
             self.bar.update(step - self.bar.n)
 
-    def validate(self, step, evaluate, report):
-        """Call evaluate() on rank 0, log what it returns and print report(it)."""
+    def validate(self, step, evaluate):
+        """Call evaluate() on rank 0, log and print what it returns."""
         if self.rank == 0:
             with self.amp:
                 row = evaluate()
@@ -272,28 +275,45 @@ class Run:
             self.shown |= dict(val=row["nats_per_token"])
         self.clock = time.time()
 
-    def rewind(self, step):
-        """Drop from log.jsonl what lies after `step`: it will be written again."""
+    def resume(self, tokenizer, model, ema, optimizers, g):
+        """Put the run folder's state back, drop what the log holds beyond it; returns the step."""
+        check_tokenizer(self.out, tokenizer)
+        path = self.out / "state.pt"
+        if not path.exists():
+            raise UserError(f"--resume found no {path}: leave it out to start a new run")
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception:
+            raise UserError(f"{path} is broken: delete it and start again") from None
+        for part, stored in zip([model, ema, *optimizers],
+                                [state["model"], state["ema"], *state["optimizers"]]):
+            part.load_state_dict(stored)
+        g.set_state(state["g"].cpu())
         if self.rank == 0:
-            rows = [row for row in self.read_log() if row["step"] < step or
-                    row["kind"] == "train" and row["step"] == step]
+            rows = [row for row in self.read_log() if 0 <= row["step"] < state["step"] or
+                    row["kind"] == "train" and row["step"] == state["step"]]
             replace(self.out / "log.jsonl", lambda p: p.write_text(
                 "".join(json.dumps(row) + "\n" for row in rows)))
             self.seconds = max([row.get("seconds", 0) for row in rows], default=0)
+        return state["step"]
 
-    def save(self, model, state, tokenizer, parameters):
-        """Write config.json, tokenizer.json, model.safetensors (what is evaluated) and state.pt
-        (what --resume needs); every file is replaced whole or not at all."""
+    def save(self, step, tokenizer, model, ema, optimizers, g):
+        """Write config.json, tokenizer.json, model.safetensors (the averaged weights, which are
+        evaluated) and state.pt (all that --resume needs); each file is replaced whole or not at
+        all."""
         if self.rank:
             return
-        facts = dict(command=" ".join(sys.argv), step=state["step"], parameters=parameters,
-                     device=str(self.device), dtype=self.dtype, threads=torch.get_num_threads(),
-                     processes=self.world, torch=torch.__version__, machine=platform.processor()
-                     or platform.machine(), tokenizer=tokenizer.fingerprint)
+        facts = dict(command=" ".join(sys.argv), step=step, device=str(self.device),
+                     dtype=self.dtype, threads=torch.get_num_threads(), processes=self.world,
+                     torch=torch.__version__, machine=platform.processor() or platform.machine(),
+                     parameters=sum(p.numel() for p in model.parameters()),
+                     tokenizer=tokenizer.fingerprint)
         tokenizer.save(self.out)
         replace(self.out / "config.json", lambda p: p.write_text(
             json.dumps(dict(config=dataclasses.asdict(self.cfg), run=facts), indent=1)))
-        replace(self.out / "model.safetensors", lambda p: save_file(model.state_dict(), p))
+        replace(self.out / "model.safetensors", lambda p: save_file(ema.state_dict(), p))
+        state = dict(step=step, model=model.state_dict(), ema=ema.state_dict(), g=g.get_state(),
+                     optimizers=[optimizer.state_dict() for optimizer in optimizers])
         replace(self.out / "state.pt", lambda p: torch.save(state, p))
 
 
@@ -333,24 +353,13 @@ def load_weights(model, out):
                         "it is broken or was trained with other flags") from None
 
 
-def load_state(out, device):
-    """out/state.pt as a dictionary (weights_only: no code is run); broken is a UserError."""
-    path = Path(out) / "state.pt"
-    if not path.exists():
-        raise UserError(f"--resume found no {path}: leave it out to start a new run")
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception:
-        raise UserError(f"{path} is broken: delete it and start again") from None
-
-
 def check_tokenizer(out, tokenizer):
     """Raise a UserError unless the data's tokenizer is the one the checkpoint was trained with."""
     stored = json.loads((Path(out) / "config.json").read_text())["run"]["tokenizer"]
     if stored != tokenizer.fingerprint:
-        raise UserError(f"the checkpoint in {out} was trained with another tokenizer ({stored}) than "
-                        f"the data's {tokenizer.name} ({tokenizer.fingerprint}): use the data and "
-                        "--tokenizer it was trained with, or another --out")
+        raise UserError(f"the checkpoint in {out} was trained with another tokenizer ({stored}) "
+                        f"than the data's {tokenizer.name} ({tokenizer.fingerprint}): use the data "
+                        "and --tokenizer it was trained with, or another --out")
 
 
 def check_same(cfg, stored, names, what):
@@ -361,7 +370,61 @@ def check_same(cfg, stored, names, what):
         raise UserError(f"{what} was made with other settings: {', '.join(differ)}")
 
 
-# --------------------------------------------------------------------------- metrics and film
+# ------------------------------------------------------------------------ reports and metrics
+
+def se(values):
+    """Standard error of the mean of a tensor (n,)."""
+    return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else 0.0
+
+
+def report(row):
+    """One evaluation as one readable line; `=` is exact, `<=` an upper bound."""
+    sign = "=" if row["bound"] == "exact" else "<="
+    text = (f"{sign} {row['nats_per_token']:.3f} nats/token  "
+            f"{sign} {row['bits_per_byte']:.3f} bits/byte")
+    if "nats_per_doc" in row:
+        text = f"{sign} {row['nats_per_doc']:.1f} +- {row['se']:.1f} nats/document  " + text
+    if "gap" in row:
+        text += (f"  | entropy {row['floor_per_doc']:.1f}, gap {sign} {row['gap']:.1f} +- "
+                 f"{row['gap_se']:.1f} ({row['gap'] / row['floor_per_doc']:+.1%})")
+    return text
+
+
+def tokens_of(x, cfg):
+    """Rows (B, T) -> lists of ids; a document ends before its first EOS."""
+    rows = x.tolist()
+    return [r[:r.index(cfg.eos)] if cfg.rows == "docs" and cfg.eos in r else r for r in rows]
+
+
+def encode_prompt(tokenizer, cfg):
+    """--prompt -> ids (P,); a prompt that fills the row is a UserError."""
+    ids = tokenizer.encode(cfg.prompt)
+    if len(ids) >= cfg.seq_len:
+        raise UserError(f"the prompt has {len(ids)} tokens but a row has room for "
+                        f"{cfg.seq_len - 1}: shorten --prompt")
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def show_samples(run, cfg, tokenizer, step, x, trace, info, seconds=None):
+    """Print samples x (n, T) and, if there is a trace, its film; write samples.txt and trace.png.
+    With `seconds` the samples are a measurement: graded and logged, and only two are printed."""
+    rows = tokens_of(x, cfg)
+    texts = [tokenizer.decode(row) for row in rows]
+    if trace:
+        film = [(label, ids[0].tolist()) for label, ids in trace]
+        plot_trace(run.out / "trace.png", film, tokenizer, cfg)
+        run.say("\n" + filmstrip(film, tokenizer) + "\n")
+    replace(run.out / "samples.txt",
+            lambda p: p.write_text("\n<|endoftext|>\n".join(texts) + "\n"))
+    for text in texts[:2] if seconds else texts:
+        run.say(text + "\n")
+    if seconds:
+        marks = (judge_tales(texts) if cfg.data == "tales" else {}) | text_metrics(rows)
+        run.log("samples", step, n=len(texts), seconds=seconds, **info, **marks)
+        run.say(f"{len(texts)} samples in {seconds:.1f} s: " + ", ".join(
+            f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in (info | marks).items() if v is not None))
+
 
 def text_metrics(rows):
     """rows: lists of token ids -> distinct-n (share of n-grams that are different), entropy of the
@@ -378,14 +441,14 @@ def text_metrics(rows):
 
 
 def judge_tales(texts):
-    """Grade texts by the corpus' own grammar: share valid, mean prefix / known / agree, and the mean
+    """Grade texts by the corpus' own grammar: share valid, mean prefix / known / agree, the mean
     true nats of the valid ones (shorter stories survive more often: read it beside `valid`)."""
     from data.tales import Tales
     tales = Tales()
     marks = [tales.judge(text) for text in texts]
-    mean = lambda key: sum(float(m[key]) for m in marks) / max(1, len(marks))
-    valid = [-m["logp"] for m in marks if m["valid"]]
-    return dict(valid=mean("valid"), prefix=mean("prefix"), known=mean("known"), agree=mean("agree"),
+    valid = [-mark["logp"] for mark in marks if mark["valid"]]
+    return {key: sum(float(mark[key]) for mark in marks) / max(1, len(marks))
+            for key in ("valid", "prefix", "known", "agree")} | dict(
                 nll_valid=sum(valid) / len(valid) if valid else None)
 
 
@@ -423,7 +486,7 @@ def _axes(width, height):
     return plt.subplots(figsize=(width, height), dpi=100, layout="constrained")
 
 
-def plot_loss(path, rows, uniform):
+def plot_loss(path, rows):
     """loss.png: training loss and validated likelihood against steps, the entropy as a line."""
     figure, axes = _axes(7, 4.2)
     train = [row for row in rows if row["kind"] == "train"]
@@ -434,7 +497,7 @@ def plot_loss(path, rows, uniform):
     axes.errorbar([r["step"] for r in val], [r["nats_per_token"] for r in val],
                   [2 * r["nats_per_token_se"] for r in val], marker="o", ms=4, capsize=2,
                   color="tab:blue", label=f"validation ({kind}, 2 SE)")
-    if val[-1]["floor_per_doc"] is not None:
+    if "floor_per_doc" in val[-1]:
         floor = val[-1]["nats_per_token"] * val[-1]["floor_per_doc"] / val[-1]["nats_per_doc"]
         axes.axhline(floor, ls="--", color="tab:green", label=f"entropy {floor:.3f}")
     axes.set(xlabel="step", ylabel="nats per token", yscale="log", title=path.parent.name)
@@ -458,8 +521,8 @@ def plot_trace(path, film, tokenizer, cfg):
     axes.scatter(inside, [written[i] for i in inside], s=12, c=[written[i] for i in inside],
                  cmap="viridis")
     for i in inside[::max(1, len(inside) // 45)]:
-        axes.annotate(tokenizer.decode([last[i]]).strip(), (i, written[i]), fontsize=6.5, rotation=45,
-                      xytext=(1, 2), textcoords="offset points")
+        axes.annotate(tokenizer.decode([last[i]]).strip(), (i, written[i]), fontsize=6.5,
+                      rotation=45, xytext=(1, 2), textcoords="offset points")
     axes.set(xlabel="position in the row", ylabel="step at which it was written",
              title="one sample: every position when it was written")
     axes.margins(x=0.02, y=0.12)

@@ -1,4 +1,4 @@
-"""Masked diffusion language model: hide some tokens, learn to say what was hidden, sample by unhiding.
+"""Masked diffusion language model: hide tokens, learn to say what was hidden, sample by unhiding.
 
 Method: MDLM (Sahoo et al. 2024, arXiv 2406.07524), MD4 (Shi et al. 2024), LLaDA (Nie et al. 2025).
 
@@ -11,8 +11,8 @@ Equations. gamma(t) is the mask rate, rising from gamma(0) = 0 to gamma(1) = 1; 
     (E2)  c_i = -log p(x_0,i | x_t) for masked i: the network predicts V real tokens, never M
     (E3)  NELBO = int_0^1 gamma'(t)/gamma(t) E sum_masked c_i dt >= -log p(x_0)
     (E4)        = sum_{n=1..T} (1/n) E_{|A|=n} sum_{i in A} c_i          n masks, any n equally often
-    (E5)  NELBO_N = sum_{k=1..N} (gamma_k - gamma_{k-1})/gamma_k E sum_masked c_i    N-step sampler
-    (E6)  t -> s: each masked token is revealed with probability (gamma_t - gamma_s)/gamma_t
+    (E5)  NELBO_N = sum_{k=1..N} (gamma_k - gamma_{k-1})/gamma_k E sum_masked c_i
+    (E6)  N steps, from t to s: each masked token is revealed with probability (gamma_t - gamma_s)/gamma_t
     (E7)  a revealed token is drawn from p(. | x_t) and never changes again
 
 Shapes: B batch, T tokens, V vocabulary, C width, H heads, D = C / H head width.
@@ -24,6 +24,7 @@ Differs from ar.py: attention looks both ways; one more input embedding, M; the 
 positions; the likelihood is a bound; tokens are written in any order, several at a time.
 """
 import copy
+import dataclasses
 import functools
 import math
 import time
@@ -108,7 +109,7 @@ SHAPE = ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd", "rows")  # fixe
 
 @functools.lru_cache
 def open_data(folder):
-    """Memmaps of a prepared folder: .train/.val/.test = (ids, offsets, log p or None), .tokenizer."""
+    """A prepared folder: .train .val .test = (ids memmap, offsets, log p or None), .tokenizer."""
     verify(folder)
     return SimpleNamespace(tokenizer=load_tokenizer(folder),
                            **{s: open_split(folder, s) for s in ("train", "val", "test")})
@@ -310,9 +311,9 @@ def get_schedule(name):
         k = float(name[5:])
         return lambda t: t ** k, lambda t: k * t ** (k - 1), lambda y: y ** (1 / k)
     if name not in SCHEDULES:
-        raise ValueError(f"unknown schedule '{name}': choose {', '.join(SCHEDULES)} or powerK. (What "
-                         "papers call 'loglinear' is linear here, since its mask rate is t; "
-                         "log-linear here is 1 - (1 - t)^2.)")
+        raise ValueError(f"unknown schedule '{name}': choose {', '.join(SCHEDULES)} or powerK (what "
+                         "papers call loglinear has mask rate t: linear here; log-linear here "
+                         "is 1 - (1 - t)^2)")
     return SCHEDULES[name]
 
 
@@ -339,7 +340,7 @@ def corrupt(x0, t, cfg, g, frozen=None):
 
 
 def corrupt_count(x0, n, cfg, g, frozen=None):
-    """Mask exactly n (B,) positions of each row, every subset equally likely: xt, is_mask (B, T)."""
+    """Mask exactly n (B,) positions of each row, all subsets alike: xt, is_mask (B, T)."""
     score = torch.rand(x0.shape, generator=g).to(x0.device)
     if frozen is not None:
         score = score.masked_fill(frozen, 2.0)
@@ -405,7 +406,7 @@ def nelbo(model, x0, cfg, g, K=8):
 
 
 def nelbo_steps(model, x0, cfg, g, steps):
-    """Upper bound on -log p of the `steps`-step ancestral sampler in nats per row, (B,), unbiased."""
+    """Upper bound on -log p of the `steps`-step ancestral sampler, unbiased: (B,) nats per row."""
     grid = get_schedule(cfg.schedule)[0](torch.linspace(0, 1, steps + 1, dtype=torch.float64))
     total = torch.zeros(len(x0), dtype=torch.float64)
     with torch.no_grad():
@@ -420,8 +421,8 @@ def nelbo_steps(model, x0, cfg, g, steps):
 @torch.no_grad()
 def exact(model, x0, cfg):
     """For one short row x0 (T,), T <= 12, by all 2^T mask patterns: the NELBO (E4) and the exact
-    -log p of the sampler that reveals one random position at a time, in nats. With A the masked set,
-    F({}) = 1 and F(A) = 1/|A| sum_{i in A} p(x_i | rest) F(A - i); -log p = -log F(all)."""
+    -log p of the sampler that reveals one random position at a time, in nats. With A the masked
+    set, F({}) = 1, F(A) = 1/|A| sum_{i in A} p(x_i | rest) F(A - i), and p = F(all)."""
     T = len(x0)
     code = torch.arange(2 ** T)
     is_mask = (code[:, None] >> torch.arange(T) & 1).bool()  # (2^T, T)
@@ -486,7 +487,7 @@ def reveal_counts(todo, steps, cfg, g):
         u = torch.rand(todo.shape, generator=g, dtype=torch.float64)
         step = torch.searchsorted(-grid[1:], -u, right=False).clamp(max=steps - 1)  # (E6)
         counts = torch.zeros(B, steps, dtype=torch.long).scatter_add(1, step, todo.long())
-    counts = counts.gather(1, (counts == 0).long().argsort(1, stable=True))
+    counts = counts.gather(1, (counts == 0).long().argsort(stable=True, dim=1))
     return counts[:, :max(1, int((counts > 0).sum(1).max()))]
 
 
@@ -504,7 +505,7 @@ def sample(model, cfg, n, g, prompt=None, trace=None, start=None):
     # 2. plan how many positions every call reveals
     counts = reveal_counts((x == M).cpu(), cfg.sampling_steps or cfg.seq_len, cfg, g).to(device)
     if trace is not None:
-        trace.append((0, x.cpu()))
+        trace.append((0, x.cpu().clone()))
     for k in range(counts.shape[1]):
         row = counts[:, k].nonzero()[:, 0]  # rows that still have something to reveal
         if not len(row):
@@ -524,7 +525,7 @@ def sample(model, cfg, n, g, prompt=None, trace=None, start=None):
         xt[chosen] = categorical(filter_logits(logits, cfg), g)  # (E7)
         x[row] = xt
         if trace is not None:
-            trace.append((k + 1, x.cpu()))
+            trace.append((k + 1, x.cpu().clone()))
     return x, dict(nfe=counts.shape[1])
 
 
@@ -537,13 +538,15 @@ def get_lr(step, cfg):
     """Learning rate of a step: linear warm-up, then a cosine to zero."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
-    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
+    done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def make_optimizers(model, cfg):
     """Muon for the matrices inside the blocks, AdamW for everything else; one learning rate."""
     hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
-    rest = [p for name, p in model.named_parameters() if not (name.startswith("blocks") and p.dim() == 2)]
+    inside = set(map(id, hidden))
+    rest = [p for p in model.parameters() if id(p) not in inside]
     return [torch.optim.Muon(hidden, cfg.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, cfg.lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
@@ -555,78 +558,36 @@ def evaluate(model, cfg, split="val", n=128):
     x0, floor = get_eval_rows(split, cfg, n)
     device = next(model.parameters()).device
     nats = nelbo(model, x0.to(device), cfg, torch.Generator().manual_seed(0))[0].cpu().double()
-    tokens = tokens_of(x0, cfg)
+    tokens = common.tokens_of(x0, cfg)
     size = sum(len(open_data(cfg.data_dir).tokenizer.decode(t).encode()) for t in tokens)
     count = sum(map(len, tokens)) + (len(x0) if cfg.rows == "docs" else 0)  # EOS is a token too
-    se = lambda v: (v.std() / len(v) ** 0.5).item()
-    per_row, per_token = nats.mean().item(), nats.sum().item() / count
-    docs, known = cfg.rows == "docs", floor is not None
-    return dict(nats_per_doc=per_row if docs else None, se=se(nats) if docs else None,
-                floor_per_doc=floor.mean().item() if known else None,
-                gap=(nats - floor).mean().item() if known else None,
-                gap_se=se(nats - floor) if known else None,
-                nats_per_token=per_token, nats_per_token_se=se(nats) * len(x0) / count,
-                bits_per_byte=nats.sum().item() / math.log(2) / max(1, size), bound=BOUND, rows=len(x0))
-
-
-def tokens_of(x, cfg):
-    """Rows (B, T) -> lists of ids; a document ends before its first EOS."""
-    rows = x.tolist()
-    return [r[:r.index(cfg.eos)] if cfg.rows == "docs" and cfg.eos in r else r for r in rows]
-
-
-def report(row):
-    """One evaluation as one readable line."""
-    sign = "=" if row["bound"] == "exact" else "<="
-    text = f"nats/token {sign} {row['nats_per_token']:.3f}  bits/byte {sign} {row['bits_per_byte']:.3f}"
-    if row["nats_per_doc"] is not None:
-        text = f"nats/story {sign} {row['nats_per_doc']:.1f} +- {row['se']:.1f}  " + text
-    if row["gap"] is not None:
-        text += (f"  entropy {row['floor_per_doc']:.1f}, gap {row['gap']:.1f} +- {row['gap_se']:.1f}"
-                 f" ({row['gap'] / row['floor_per_doc']:+.1%})")
-    return text
+    row = dict(bound=BOUND, rows=len(x0), nats_per_token=nats.sum().item() / count,
+               nats_per_token_se=common.se(nats) * len(x0) / count,
+               bits_per_byte=nats.sum().item() / math.log(2) / max(1, size))
+    if cfg.rows == "docs":
+        row |= dict(nats_per_doc=nats.mean().item(), se=common.se(nats))
+    if floor is not None:
+        row |= dict(floor_per_doc=floor.mean().item(), gap=(nats - floor).mean().item(),
+                    gap_se=common.se(nats - floor))
+    return row
 
 
 def unigram_nll(cfg):
     """Nats per position of a unigram model (add-one counts of 4000 training rows) on validation
     rows: what a model that ignores all context pays."""
-    g = torch.Generator().manual_seed(0)
-    many = copy.copy(cfg)
-    many.batch_size, many.grad_accum = 4000, 1
-    counts = torch.bincount(get_batch("train", many, g).flatten(), minlength=cfg.vocab_size) + 1.0
+    many = dataclasses.replace(cfg, batch_size=4000, grad_accum=1)
+    counts = get_batch("train", many, torch.Generator().manual_seed(0)).flatten().bincount(
+        minlength=cfg.vocab_size) + 1.0
     return -(counts / counts.sum()).log()[get_eval_rows("val", cfg, 500)[0]].mean().item()
 
 
 def grade(run, model, cfg, step, n=64):
-    """Draw n samples, grade and log them, write samples.txt and trace.png, print the film and two."""
-    tokenizer, trace, clock = open_data(cfg.data_dir).tokenizer, [], time.time()
+    """Draw n samples from the model and let the run judge, log and show them."""
+    trace, clock = [], time.time()
     with run.amp:
         x, info = sample(model, cfg, n, torch.Generator().manual_seed(cfg.seed), trace=trace)
-    seconds, rows = time.time() - clock, tokens_of(x, cfg)
-    texts = [tokenizer.decode(row) for row in rows]
-    marks = common.judge_tales(texts) if cfg.data == "tales" else {}
-    marks |= common.text_metrics(rows)
-    run.log("samples", step, n=n, seconds=seconds, **info, **marks)
-    common.replace(run.out / "samples.txt", lambda p: p.write_text("\n<|endoftext|>\n".join(texts)))
-    film = [(label, ids[0].tolist()) for label, ids in trace]
-    common.plot_trace(run.out / "trace.png", film, tokenizer, cfg)
-    run.say("\n" + common.filmstrip(film, tokenizer) + "\n\n" + "\n\n".join(texts[:2]) + "\n")
-    run.say(f"{n} samples in {seconds:.1f} s: " + ", ".join(
-        f"{k} {v:.2f}" for k, v in (info | marks).items() if v is not None))
-
-
-def resume(run, cfg, model, ema, optimizers, g):
-    """Put the state of the run folder back and return its step."""
-    common.check_same(cfg, common.load_config(Config, run.out), SHAPE, f"the run in {run.out}")
-    common.check_tokenizer(run.out, open_data(cfg.data_dir).tokenizer)
-    state = common.load_state(run.out, run.device)
-    model.load_state_dict(state["model"])
-    ema.load_state_dict(state["ema"])
-    for optimizer, stored in zip(optimizers, state["optimizers"]):
-        optimizer.load_state_dict(stored)
-    g.set_state(state["g"].cpu())
-    run.rewind(state["step"])
-    return state["step"]
+    common.show_samples(run, cfg, open_data(cfg.data_dir).tokenizer, step, x, trace, info,
+                        time.time() - clock)
 
 
 def train(cfg):
@@ -639,7 +600,11 @@ def train(cfg):
         ema = copy.deepcopy(model).requires_grad_(False)  # what is evaluated and sampled from
         optimizers = make_optimizers(model, cfg)
         g = torch.Generator().manual_seed(cfg.seed)
-        step = resume(run, cfg, model, ema, optimizers, g) if cfg.resume else 0
+        tokenizer, step = open_data(cfg.data_dir).tokenizer, 0
+        if cfg.resume:
+            stored = common.load_config(Config, run.out)
+            common.check_same(cfg, stored, SHAPE, f"the run in {run.out}")
+            step = run.resume(tokenizer, model, ema, optimizers, g)
         fast = torch.compile(model) if cfg.compile else model
         size = sum(p.numel() for p in model.parameters())
         run.say(f"{NAME}.py: {size / 1e6:.2f}M parameters, vocabulary {cfg.vocab_size}, rows of "
@@ -650,7 +615,7 @@ def train(cfg):
 
         while step < cfg.steps and not run.stopping():
             if step % cfg.eval_every == 0:
-                run.validate(step, lambda: evaluate(ema, cfg), report)
+                run.validate(step, lambda: evaluate(ema, cfg))
             for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
                 group["lr"] = get_lr(step, cfg)
             # one batch and one noise for the whole step, shared out to micro-batches and processes
@@ -672,34 +637,25 @@ def train(cfg):
             step += 1
             for p, q in zip(ema.parameters(), model.parameters()):  # warms up: early weights fade
                 p.lerp_(q.detach(), 1 - min(cfg.ema, (1 + step) / (10 + step)))
-            run.train_row(step, x0.numel(), loss=total, lr=get_lr(step - 1, cfg), grad_norm=norm.item())
+            run.train_row(step, x0.numel(), loss=total, lr=get_lr(step - 1, cfg),
+                          grad_norm=norm.item())
             if step % cfg.save_every == 0 or step == cfg.steps or run.stopping():
-                run.save(ema, dict(step=step, model=model.state_dict(), ema=ema.state_dict(),
-                                   g=g.get_state(), optimizers=[o.state_dict() for o in optimizers]),
-                         open_data(cfg.data_dir).tokenizer, size)
+                run.save(step, tokenizer, model, ema, optimizers, g)
 
         if run.stop_signal:
             run.say(f"stopped at step {step}; go on with --resume")
             raise SystemExit(128 + run.stop_signal)
+        run.validate(step, lambda: evaluate(ema, cfg))
         if run.rank == 0:
-            run.validate(step, lambda: evaluate(ema, cfg), report)
             grade(run, ema, cfg, step)
-            common.plot_loss(run.out / "loss.png", run.read_log(), math.log(cfg.vocab_size))
-            run.say(f"{run.out}/: config.json log.jsonl model.safetensors state.pt samples.txt "
-                    "loss.png trace.png")
+            common.plot_loss(run.out / "loss.png", run.read_log())
+            run.say(f"{run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
     return ema
 
 
 # ----------------------------------------------------------------------------------------------
 # 7. main
 # ----------------------------------------------------------------------------------------------
-
-
-def restore(cfg, run):
-    """The checkpoint of a run folder: (averaged model, its tokenizer)."""
-    model = Model(cfg).to(run.device).requires_grad_(False)
-    common.load_weights(model, run.out)
-    return model, load_tokenizer(run.out)
 
 
 def main(argv):
@@ -717,29 +673,21 @@ def main(argv):
         return train(cfg) and None
     common.check_same(cfg, stored, SHAPE, f"the checkpoint in {out}")
     with common.Run(cfg, out, training=False) as run:
-        model, tokenizer = restore(cfg, run)
+        model, tokenizer = Model(cfg).to(run.device).requires_grad_(False), load_tokenizer(out)
+        common.load_weights(model, out)
         if command == "eval":
             fill_in(cfg)
             common.check_tokenizer(out, open_data(cfg.data_dir).tokenizer)
             with run.amp:
                 row = evaluate(model, cfg, "test", 500)
             run.log("test", -1, **row)
-            run.say(f"test, {row['rows']} rows: {report(row)}")
+            run.say(f"test, {row['rows']} rows: {common.report(row)}")
             return grade(run, model, cfg, -1)
-        prompt = torch.tensor(tokenizer.encode(cfg.prompt), dtype=torch.long)
-        if len(prompt) >= cfg.seq_len:
-            raise UserError(f"the prompt has {len(prompt)} tokens, a row has room for "
-                            f"{cfg.seq_len - 1}: shorten --prompt")
-        trace = [] if cfg.trace else None
+        prompt = common.encode_prompt(tokenizer, cfg).to(run.device)
+        trace, g = [] if cfg.trace else None, torch.Generator().manual_seed(cfg.seed)
         with run.amp:
-            x, info = sample(model, cfg, cfg.n, torch.Generator().manual_seed(cfg.seed),
-                             prompt.to(run.device), trace)
-        if cfg.trace:
-            film = [(label, ids[0].tolist()) for label, ids in trace]
-            common.plot_trace(run.out / "trace.png", film, tokenizer, cfg)
-            run.say(common.filmstrip(film, tokenizer) + "\n")
-        for row in tokens_of(x, cfg):
-            run.say(tokenizer.decode(row) + "\n")
+            x, info = sample(model, cfg, cfg.n, g, prompt, trace)
+        common.show_samples(run, cfg, tokenizer, -1, x, trace, info)
 
 
 if __name__ == "__main__":
