@@ -10,16 +10,16 @@ Equations. gamma(t) is the mask rate, rising from gamma(0) = 0 to gamma(1) = 1; 
     (E1)  q(x_t,i = M | x_0) = gamma(t), independently for every position i; else x_t,i = x_0,i
     (E2)  c_i = -log p(x_0,i | x_t) for masked i: the network predicts V real tokens, never M
     (E3)  NELBO = int_0^1 gamma'(t)/gamma(t) E sum_masked c_i dt >= -log p(x_0)
-    (E4)        = sum_{n=1..T} (1/n) E_{|A|=n} sum_{i in A} c_i          n masks, any n equally often
+    (E4)        = sum_{n=1..T} (1/n) E_{|A|=n} sum_{i in A} c_i      n masks, every n alike
     (E5)  NELBO_N = sum_{k=1..N} (gamma_k - gamma_{k-1})/gamma_k E sum_masked c_i
-    (E6)  N steps, from t to s: each masked token is revealed with probability (gamma_t - gamma_s)/gamma_t
+    (E6)  a step t -> s reveals each masked token with probability (gamma_t - gamma_s)/gamma_t
     (E7)  a revealed token is drawn from p(. | x_t) and never changes again
 
 Shapes: B batch, T tokens, V vocabulary, C width, H heads, D = C / H head width.
 Units: nats. Every position of a row is charged, the EOS-filled tail too: nobody is told the length.
 
 Differs from the paper: no time cut-off epsilon anywhere; bounds by systematic counts of masks (E4)
-instead of random t, with a fifth of the variance; the trunk of ar.py and its optimizers.
+instead of random t, which spread less; the trunk of ar.py and its optimizers.
 Differs from ar.py: attention looks both ways; one more input embedding, M; the loss covers masked
 positions; the likelihood is a bound; tokens are written in any order, several at a time.
 """
@@ -296,8 +296,9 @@ def init_weights(model):
 
 SCHEDULES = {  # name: mask rate gamma(t), its derivative, its inverse
     "linear": (lambda t: t, torch.ones_like, lambda y: y),
-    "cosine": (lambda t: 2 * (math.pi / 4 * t).sin() ** 2,  # = 1 - cos(pi t / 2), without the
-               lambda t: math.pi / 2 * (math.pi / 2 * t).sin(),  # cancellation at small t
+    # 1 - cos(pi t / 2), written so that nothing cancels at small t
+    "cosine": (lambda t: 2 * (math.pi / 4 * t).sin() ** 2,
+               lambda t: math.pi / 2 * (math.pi / 2 * t).sin(),
                lambda y: 2 / math.pi * (1 - y).acos()),
     "log-linear": (lambda t: t * (2 - t), lambda t: 2 * (1 - t), lambda y: 1 - (1 - y).sqrt()),
     "maskgit": (lambda t: (math.pi / 2 * t).sin(), lambda t: math.pi / 2 * (math.pi / 2 * t).cos(),
@@ -311,9 +312,9 @@ def get_schedule(name):
         k = float(name[5:])
         return lambda t: t ** k, lambda t: k * t ** (k - 1), lambda y: y ** (1 / k)
     if name not in SCHEDULES:
-        raise ValueError(f"unknown schedule '{name}': choose {', '.join(SCHEDULES)} or powerK (what "
-                         "papers call loglinear has mask rate t: linear here; log-linear here "
-                         "is 1 - (1 - t)^2)")
+        raise ValueError(f"unknown schedule '{name}': choose {', '.join(SCHEDULES)} or powerK "
+                         "(what papers call loglinear has mask rate t: linear here; log-linear "
+                         "here is 1 - (1 - t)^2)")
     return SCHEDULES[name]
 
 
@@ -392,7 +393,7 @@ def loss_fn(model, x0, cfg, g, rows=slice(None)):
 
 def nelbo(model, x0, cfg, g, K=8):
     """Upper bound on -log p(x0) in nats per row, (B,), unbiased, and info. K forwards a row with n
-    masks each, n on a comb over 1..T with one random offset per row: no cut-off, little variance."""
+    masks each, n on a comb over 1..T with one random offset per row: no cut-off, low variance."""
     T, total = x0.shape[1], torch.zeros(len(x0), dtype=torch.float64)
     u = torch.rand(len(x0), generator=g)
     with torch.no_grad():
