@@ -1,0 +1,728 @@
+"""Any text -> a folder of token files that the scripts read with numpy.memmap.
+
+    python data/prepare.py NAME|PATH [--tokenizer T] [--vocab-size N] [--docs N] [--cache DIR]
+
+NAME       tales (written here by data/tales.py), or from the Hugging Face hub tinystories,
+           wikitext2, openwebtext, fineweb
+PATH       a .txt, .jsonl or .parquet file, a folder of them (recursive; of one kind, the first
+           found of parquet, jsonl, txt), a folder written by `datasets.save_to_disk`, or a copy
+           of a hub repository (data/train-00000-of-00002.parquet ...)
+documents  .jsonl and .parquet: the field `text`, or the only string field. wikitext2: an article.
+           .txt: what stands between two <|endoftext|>; in a folder, a small file. Running text (a
+           file without marks, or more than 1 MB between two) is cut at the first blank line, or
+           failing that line end, or space, between the characters 2000 and 8000.
+split      by sha256 of the document: val 2 %, test 2 %, train 96 %, so equal documents stay
+           together. Below 1000 documents the smallest hashes make val and test, at least one
+           each. A hub dataset that has a validation split keeps its own splits; a missing test is
+           half of validation, by hash. tales: one seed each.
+tokenizer  bpe (byte-level, trained on train; 2048 ids), gpt2 (50257 ids; with --vocab-size N the
+           first N - 1 ids of the same table, and EOS), byte, hf:NAME or hf:PATH
+folder     {train,val,test}.bin: the documents, each followed by EOS, as uint16 (uint32 above
+           65535 ids); *.idx.npy: where they begin; tokenizer.json; meta.json; for tales also
+           {val,test}.logp.npy: the exact log-probability of each document in nats.
+"""
+import argparse
+import base64
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+from array import array
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))   # `python data/prepare.py` puts only data/ on the path
+from common import UserError
+
+FORMAT = 1                          # part of a folder's name: raise it when the files change
+SPLITS = "train", "val", "test"
+END = "<|endoftext|>"
+WHOLE, SHORT, LONG = 1 << 20, 2000, 8000    # characters: see `documents` above
+SAMPLE = 64 << 20                   # characters of train that a BPE is trained on
+TALES = {"train": 100_000, "val": 2000, "test": 2000}
+SEEDS = {"train": 1, "val": 2, "test": 3, "tokenizer": 4}
+TALES_BPE = Path(__file__).with_name("tales_bpe.json")
+HUB = {  # name: repository, configuration, streamed
+    "tinystories": ("roneneldan/TinyStories", None, False),
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", False),
+    "openwebtext": ("Skylion007/openwebtext", None, True),
+    "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT", True)}
+FINEWEB_DOCS = 100_000              # about 70M GPT-2 tokens, of the 15M documents of the sample
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+
+
+@contextlib.contextmanager
+def hint(what, advice):
+    """Turn what other libraries raise inside into one sentence: what failed, why, what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        why = textwrap.shorten(str(e), 160) or type(e).__name__
+        raise UserError(f"{what} ({why}): {advice}") from None
+
+
+def sha(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+# ---- tokenizers --------------------------------------------------------------------------------
+
+class Tokenizer:
+    """Text <-> ids. A model predicts the ids 0 ... vocab_size - 1, `eos` among them. `bos` is an
+    input only (our own tokenizers use eos for it, as GPT-2 does). `pad` is vocab_size, one past
+    the end, unless the vocabulary has its own. `spec` (JSON) is all that defines the mapping and
+    `fingerprint` its hash; its kind says who does the work: byte (Python), gpt2 (`tiktoken`) or
+    hf (`tokenizers`)."""
+
+    def __init__(self, spec):
+        self.spec, self.name, self.vocab_size = spec, spec["name"], spec["vocab_size"]
+        self.eos, self.bos, self.pad = spec["eos"], spec["bos"], spec["pad"]
+        self.kind, self.fingerprint = spec["kind"], fingerprint(spec)
+        if self.kind == "gpt2":
+            import tiktoken
+            ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"])}
+            self.bpe = tiktoken.Encoding(self.name, pat_str=spec["pattern"],
+                                         mergeable_ranks=ranks, special_tokens={END: self.eos})
+        elif self.kind == "hf":
+            import tokenizers
+            self.bpe = tokenizers.Tokenizer.from_str(json.dumps(spec["tokenizer"]))
+            self.bpe.encode_special_tokens = True   # "[SEP]" in a text must not end its document
+            self.bpe.no_truncation()
+            self.bpe.no_padding()
+
+    def encode(self, text):
+        """The ids of a text, never a special one, whatever the text spells."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts):
+        if self.kind == "byte":
+            return [list(text.encode()) for text in texts]
+        if self.kind == "gpt2":
+            return self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+        return [e.ids for e in self.bpe.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids):
+        """The text of ids (list, array or tensor); specials and ids past the vocabulary say
+        nothing, and bytes that are not UTF-8 become U+FFFD."""
+        silent = self.eos, self.bos, self.pad
+        ids = [i for i in map(int, ids) if i < self.vocab_size and i not in silent]
+        if self.kind == "byte":
+            return bytes(ids).decode(errors="replace")
+        return self.bpe.decode(ids, **({"errors": "replace"} if self.kind == "gpt2" else {}))
+
+    def save(self, folder):
+        (Path(folder) / "tokenizer.json").write_text(json.dumps(self.spec))
+
+
+def fingerprint(spec):
+    """16 hexadecimal digits of a tokenizer's definition (see Tokenizer.spec)."""
+    spec = {k: v for k, v in spec.items() if k != "grammar"}    # a remark of tales_bpe.json
+    return sha(json.dumps(spec, sort_keys=True).encode())[:16]
+
+
+def natural_vocab(tokenizer, vocab_size):
+    """vocab_size, or for 0 the tokenizer's own (hf: 0, not known yet). UserError if impossible."""
+    sizes = {"bpe": (257, 1 << 20, 2048), "gpt2": (257, 50257, 50257), "byte": (257, 257, 257)}
+    if tokenizer not in sizes and not tokenizer.startswith("hf:"):
+        raise UserError(f"unknown tokenizer {tokenizer!r}: choose bpe, gpt2, byte or hf:NAME")
+    low, high, natural = sizes.get(tokenizer, (0, 0, 0))
+    if vocab_size and not low <= vocab_size <= high:
+        raise UserError(f"--vocab-size {vocab_size} does not suit the tokenizer {tokenizer}: "
+                        + (f"choose {low} to {high}" if low < high else "leave it out"))
+    return vocab_size or natural
+
+
+def get_tokenizer(spec, vocab_size=0):
+    """The tokenizer `gpt2`, `byte` or `hf:NAME` (on the hub; or hf:PATH, a tokenizer.json or its
+    folder). UserError if it needs training, does not exist or cannot be downloaded."""
+    n = natural_vocab(spec, vocab_size)
+    if spec == "bpe":
+        raise UserError("the tokenizer bpe has to be trained: use prepare() or train_bpe()")
+    return _hf(spec) if n == 0 else _own(spec, n, **(_gpt2(n) if spec == "gpt2" else {}))
+
+
+def _own(kind, n, name=None, **more):
+    return Tokenizer({"kind": kind, "name": name or kind, "vocab_size": n, "eos": n - 1,
+                      "bos": n - 1, "pad": n, **more})
+
+
+def train_bpe(texts, vocab_size=2048):
+    """A byte-level BPE of at most vocab_size ids, EOS included, from an iterator of texts."""
+    from tokenizers import Tokenizer as Fast, decoders, models, pre_tokenizers, trainers
+    bpe = Fast(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=natural_vocab("bpe", vocab_size) - 1, min_frequency=2, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return _own("hf", bpe.get_vocab_size() + 1, "bpe", tokenizer=json.loads(bpe.to_str()))
+
+
+def train_tales_tokenizer():
+    """Write data/tales_bpe.json. Once per grammar: new merges orphan every checkpoint."""
+    from data.tales import Tales, stories
+    tok = train_bpe(text for text, _ in stories(10_000, SEEDS["tokenizer"]))
+    TALES_BPE.write_text(json.dumps({**tok.spec, "grammar": Tales().version}) + "\n")
+    return tok
+
+
+def load_tokenizer(path):
+    """The tokenizer of a prepared folder, or of a file that Tokenizer.save wrote."""
+    path = Path(path)
+    return Tokenizer(json.loads((path / "tokenizer.json" if path.is_dir() else path).read_text()))
+
+
+def _gpt2(n):
+    """GPT-2's pattern and its first n - 1 tokens, in base64, in the order of their ids."""
+    folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
+                  or Path(tempfile.gettempdir()) / "data-gym-cache")
+    urls = GPT2_URL + "vocab.bpe", GPT2_URL + "encoder.json"
+    names = [hashlib.sha1(url.encode()).hexdigest() for url in urls]
+    with hint(f"GPT-2's merges are not in {folder} and cannot be downloaded",
+              f"on a machine with a network save {urls[0]} as {names[0]} and {urls[1]} as "
+              f"{names[1]} in one folder, copy it here and set TIKTOKEN_CACHE_DIR to it, or take "
+              "--tokenizer bpe"):
+        if not (all((folder / name).exists() for name in names) or _reachable(GPT2_URL)):
+            raise ConnectionError("no network")     # tiktoken would wait without a limit
+        from tiktoken_ext.openai_public import gpt2
+        table = gpt2()
+    tokens = sorted(table["mergeable_ranks"], key=table["mergeable_ranks"].get)[:n - 1]
+    return {"pattern": table["pat_str"], "ranks": [base64.b64encode(t).decode() for t in tokens]}
+
+
+def _hf(spec):
+    name, file = spec.removeprefix("hf:"), _hf_file(spec)
+    with hint(f"cannot load the tokenizer {name}", "check its name, or on a machine with a network "
+              "download its tokenizer.json and pass that file as hf:PATH"):
+        _ = file or _online()   # before the import, which reads HF_HUB_OFFLINE
+        from tokenizers import Tokenizer as Fast
+        tok = Fast.from_file(str(file)) if file else Fast.from_pretrained(name)
+    vocab = tok.get_vocab(with_added_tokens=True)
+    n = max(vocab.values()) + 1
+
+    def find(names, default=None):
+        return next((vocab[name] for name in names.split() if name in vocab), default)
+    eos = find(END + " </s> [SEP] <eos> <|end_of_text|>")
+    if eos is None:
+        raise UserError(f"the tokenizer {name} has no token that ends a document, such as </s> or "
+                        "[SEP]: take another")
+    return Tokenizer({"kind": "hf", "name": spec, "vocab_size": n, "eos": eos,
+                      "bos": find("<s> [CLS] <bos> <|begin_of_text|>", eos),
+                      "pad": find("[PAD] <pad>", n), "tokenizer": json.loads(tok.to_str())})
+
+
+def _hf_file(spec):
+    """The local file of a tokenizer hf:PATH, else None."""
+    path = Path(spec.removeprefix("hf:")).expanduser()
+    if spec.startswith("hf:") and path.exists():
+        return path / "tokenizer.json" if path.is_dir() else path
+
+
+# ---- sources -----------------------------------------------------------------------------------
+
+@dataclass
+class Source:
+    name: str           # as the user wrote it
+    key: object         # JSON that changes when the content does
+    rule: str           # how documents and splits are made
+    read: Callable      # () -> iterator of (split, or None for "by hash"; text; log p or None)
+    total: int = None   # for the progress bar: documents or bytes, if known
+    unit: str = "doc"
+
+
+def find_source(name, docs=0):
+    """The Source of a name or path. docs limits its documents; where the source has splits of its
+    own, those of train, and val and test to max(20, docs / 10). UserError if there is none."""
+    if docs < 0:
+        raise UserError(f"--docs {docs} is negative: give a number of documents, or 0 for all")
+    if name == "tales":
+        return _tales(docs)
+    if name in HUB:
+        return _hub(name, docs or (FINEWEB_DOCS if name == "fineweb" else 0))
+    path = Path(name).expanduser().resolve()
+    if not path.exists():
+        raise UserError(f"{name} is neither a file or folder nor one of the names tales, "
+                        f"{', '.join(HUB)}: check it")
+    return _local(name, path, docs)
+
+
+def _tales(docs):
+    from data.tales import Tales
+    counts = {s: min(n, max(20, docs // 10)) if docs and s != "train" else docs or n
+              for s, n in TALES.items()}
+
+    def read():
+        for split, n in counts.items():
+            for text, logp in _tell(n, SEEDS[split], split != "train"):
+                yield split, text, logp
+    return Source("tales", [Tales().version, counts], f"stories, split by their seeds {SEEDS}",
+                  read, sum(counts.values()))
+
+
+TELLER = """
+import json, sys
+sys.path.insert(0, {root!r})
+from data.tales import Tales, stories
+tales = Tales()
+score = tales.logp if {score} else lambda text: None
+for start in range({first}, {n}, {step}):
+    told = stories(min({chunk}, {n} - start), {seed}, tales, start=start)
+    print(json.dumps([(text, score(text)) for text, _ in told]), flush=True)
+"""
+
+
+def _tell(n, seed, score, chunk=100):
+    """Stories 0 ... n - 1 of a seed with their exact log p (nats) if `score`. k processes tell
+    every k-th chunk: plain ones, which work from notebooks and threads alike and end by
+    themselves when nobody reads them any more."""
+    k = min(os.cpu_count() or 1, 4, -(-n // chunk))
+    code = [TELLER.format(root=str(ROOT), score=score, first=i * chunk, n=n, step=k * chunk,
+                          chunk=chunk, seed=seed) for i in range(k)]
+    tellers = [subprocess.Popen([sys.executable, "-c", c], stdout=subprocess.PIPE,
+                                start_new_session=True) for c in code]  # Ctrl-C is for us alone
+    try:
+        for start in range(0, n, chunk):
+            line = tellers[start // chunk % k].stdout.readline()
+            if not line:
+                raise RuntimeError("data/tales.py failed; its message stands above")
+            yield from json.loads(line)
+    finally:
+        for teller in tellers:
+            teller.kill()
+            teller.communicate()
+
+
+def _local(name, path, docs):
+    saved = any((path / f).exists() for f in ("dataset_dict.json", "state.json"))
+    found = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    kinds = [".arrow"] if saved else [".parquet", ".jsonl", ".txt"]
+    kind = next((k for k in kinds if any(f.suffix.lower() == k for f in found)), None)
+    if not kind:
+        raise UserError(f"{name} is no text: give a .txt, .jsonl or .parquet file, or a folder of "
+                        "such files")
+    files = [f for f in found if f.suffix.lower() == kind]
+    stats = [f.stat() for f in files]
+    key = [str(path), [(f.name, s.st_size, s.st_mtime_ns) for f, s in zip(files, stats)], docs]
+
+    def load():
+        import datasets
+        if saved:
+            return datasets.load_from_disk(str(path))
+        if path.is_file():
+            return datasets.load_dataset("parquet", data_files=str(path), streaming=True)
+        return datasets.load_dataset(str(path), streaming=True)
+
+    def read():
+        texts = (_jsonl(f) if kind == ".jsonl" else _txt(f, len(files) == 1) for f in files)
+        return ((None, text, None) for text in islice(chain.from_iterable(texts), docs or None))
+    if kind in (".arrow", ".parquet"):
+        return Source(name, key, "rows; the dataset's splits if it has validation, else by hash",
+                      lambda: _rows(load, docs, name, "check its files"), docs or None)
+    rule = "lines" if kind == ".jsonl" else (f"between {END}, or small files of a folder, or else "
+                                             f"running text cut after {SHORT} characters")
+    total, unit = (docs, "doc") if docs else (sum(s.st_size for s in stats), "B")
+    return Source(name, key, rule + "; split by hash", read, total, unit)
+
+
+def _utf8(path):
+    """The text of a file in blocks, its line ends as \n. UserError at a byte of another code."""
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            while block := file.read(1 << 20):
+                yield block
+        except UnicodeDecodeError as e:
+            byte = file.buffer.tell() - len(e.object) + e.start
+            raise UserError(f"{path} is not UTF-8 at byte {byte}: convert it (for example with "
+                            "iconv) and run again") from None
+
+
+def _txt(path, alone):
+    """The documents of a .txt file; one that is `alone`, without marks, is running text."""
+    rest, running, marked = "", False, not alone
+    for block in _utf8(path):
+        *pieces, rest = (rest + block).split(END)
+        for piece in pieces:
+            yield from _passages(piece) if running else [piece.strip()]
+            running, marked = False, True
+        if running or len(rest) > WHOLE:
+            running = True
+            *passages, rest = _passages(rest, more=True)
+            yield from passages
+    yield from _passages(rest) if running or not marked else [rest.strip()]
+
+
+def _passages(text, more=False):
+    """Running text in documents; if there is more to come, what has to wait for it is last."""
+    out, at = [], 0
+    while len(text) - at > (LONG + len(END) if more else SHORT):    # END may be half read
+        window = text[at:at + LONG]
+        ends = (re.compile(r).search(window, SHORT) for r in (r"\n[ \t]*\n\s*", r"\n", r"\s"))
+        end = next((m.end() for m in ends if m), len(window))
+        out.append(window[:end].strip())
+        at += end
+    return out + [text[at:] if more else text[at:].strip()]
+
+
+def _jsonl(path):
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                with hint(f"line {number} of {path} is not JSON", "repair or remove it"):
+                    row = json.loads(line)
+                text = _text(row, f"line {number} of {path}")
+                yield text.encode(errors="replace").decode()    # JSON can spell half a character
+
+
+def _text(row, where):
+    if isinstance(row, dict):
+        strings = [v for v in row.values() if isinstance(v, str)]
+        text = row["text"] or "" if "text" in row else strings[0] if len(strings) == 1 else None
+        if isinstance(text, str):
+            return text
+    raise UserError(f"{where} has no text: it needs a string field `text`, or a single string")
+
+
+def _rows(load, docs, where, advice, group=None):
+    """The documents of a dataset, or dictionary of splits, of the `datasets` library."""
+    with hint(f"cannot read {where}", advice):
+        data, names = load(), {"validation": "val", "valid": "val", "dev": "val"}
+        data = {names.get(k, k): v for k, v in (data if isinstance(data, dict) else {"": data})
+                .items()}
+        own = "train" in data and "val" in data
+        for split in SPLITS if own else ["train"] if "train" in data else data:
+            limit = docs if split == "train" or not own else docs and max(20, docs // 10)
+            rows = enumerate(data.get(split, ()))
+            texts = (_text(row, f"row {i} of {split} of {where}") for i, row in rows)
+            for text in islice(group(texts) if group else texts, limit or None):
+                halved = split == "val" and "test" not in data and _hash(text) % 2
+                yield ("test" if halved else split) if own else None, text, None
+
+
+def _hub(name, docs):
+    repository, config, streaming = HUB[name]
+    group, rule = (_articles, "articles") if name == "wikitext2" else (None, "rows")
+
+    def load():
+        stream = _online() and streaming    # offline: whatever HF_HOME holds
+        import datasets
+        return datasets.load_dataset(repository, config, streaming=stream)
+    advice = (f"run `python data/prepare.py {name}` on a machine with a network and copy its "
+              f"data/cache or HF_HOME folder, or download {repository} from huggingface.co and "
+              "give its path in place of the name")
+    return Source(name, [HUB[name], docs], rule + "; the hub's splits if it has validation, else "
+                  "by hash", lambda: _rows(load, docs, name, advice, group), docs or None)
+
+
+def _articles(lines):
+    """WikiText's lines joined: an article begins at a heading of the first level, ` = X = `."""
+    article = []
+    for line in lines:
+        if re.fullmatch(r" = [^=].* = \n?", line) and article:
+            yield "".join(article).strip()
+            article = []
+        article.append(line.rstrip("\n") + "\n")
+    yield "".join(article).strip()
+
+
+def _online():
+    """Whether the hub answers; if not, tell its libraries, which would retry for half a minute."""
+    offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+    if not offline and not _reachable(os.environ.get("HF_ENDPOINT") or "https://huggingface.co"):
+        os.environ["HF_HUB_OFFLINE"], offline = "1", True
+    return not offline
+
+
+def _reachable(url):
+    import requests
+    try:
+        requests.head(url, timeout=5)
+    except requests.RequestException:
+        return False
+    return True
+
+
+# ---- writing -----------------------------------------------------------------------------------
+
+def prepare(name="tales", tokenizer="bpe", vocab_size=0, docs=0, cache=None, quiet=False):
+    """The folder of a complete dataset, made if it is not there. vocab_size 0: the tokenizer's
+    own (bpe: 2048); docs 0: all (tales: 100 000 stories; fineweb: 100 000 documents); cache: the
+    parent folder, else TEXT_DIFFUSION_CACHE, else data/cache. UserError: the user can repair it."""
+    cache = Path(cache or os.environ.get("TEXT_DIFFUSION_CACHE") or ROOT / "data" / "cache")
+
+    def say(text):
+        if not quiet:
+            print(text, file=sys.stderr)
+    try:
+        vocab_size = natural_vocab(tokenizer, vocab_size)
+        source = find_source(str(name), docs)
+        stored = (source.name, tokenizer, vocab_size) == ("tales", "bpe", 2048)
+        file = TALES_BPE if stored else _hf_file(tokenizer)
+        key = [FORMAT, source.key, tokenizer, vocab_size, file and sha(file.read_bytes())]
+        size = f"-{vocab_size}" if tokenizer in ("bpe", "gpt2") else ""
+        parts = [Path(source.name).stem, tokenizer + size, f"{docs or 'all'}"]
+        parts = [re.sub(r"[^A-Za-z0-9._-]+", "_", part)[-40:] for part in parts]
+        folder = cache / "-".join(parts + [sha(json.dumps(key).encode())[:8]])
+        if not folder.exists():
+            _make(folder, lambda path: _build(path, source, tokenizer, vocab_size, quiet, say),
+                  say)
+    except OSError as e:
+        raise UserError(f"cannot prepare {name} ({e.strerror or e}: {e.filename or cache}): check "
+                        "its rights and the free space; TEXT_DIFFUSION_CACHE names another folder "
+                        "for the result") from None
+    verify(folder)
+    return folder
+
+
+def _make(folder, build, say):
+    """build(a temporary folder), then give it its name. One process builds and the others wait;
+    the lock of a process that died is free, and what it left is cleared by the next one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob("*.partial"):
+        with _lock(left.with_suffix("")) as mine:
+            if mine:
+                shutil.rmtree(left, ignore_errors=True)
+    with _lock(folder, lambda: say(f"waiting for the process that prepares {folder.name}")):
+        if folder.exists():
+            return
+        partial = folder.with_name(folder.name + ".partial")
+        partial.mkdir()
+        try:
+            build(partial)
+            for path in [*partial.iterdir(), partial]:
+                fd = os.open(path, os.O_RDONLY)
+                os.fsync(fd)
+                os.close(fd)
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _lock(folder, waiting=None):
+    """Hold the lock of a folder that is being made; yields False if another process holds it,
+    or, given `waiting`, calls that and waits."""
+    locks = folder.parent / ".locks"
+    locks.mkdir(exist_ok=True)
+    with open(locks / folder.name, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not waiting:
+                yield False
+                return
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield True
+
+
+def _build(folder, source, tokenizer, vocab_size, quiet, say):
+    cut = _cuts(source)
+    tok = _tokenizer(source, tokenizer, vocab_size, cut, say)
+    tok.save(folder)
+    writers = {split: Writer(folder, split, tok) for split in SPLITS}
+    bar = tqdm(total=source.total, unit=source.unit, unit_scale=True, disable=quiet or None)
+    for batch in _batches(source.read()):
+        for (split, text, logp), ids in zip(batch, tok.encode_batch([d[1] for d in batch])):
+            size = len(text.encode())
+            writers[split or _split(text, cut)].add(ids, size, logp)
+            bar.update(size if source.unit == "B" else 1)
+    bar.close()
+    splits = {split: writer.close() for split, writer in writers.items()}
+    if not all(stats["documents"] for stats in splits.values()):
+        raise UserError(f"{source.name} leaves train, val or test empty: it needs more documents")
+    meta = {"format": FORMAT, "source": source.name, "key": source.key, "splits": splits,
+            "split_rule": source.rule,
+            "tokenizer": tok.name, "fingerprint": tok.fingerprint, "vocab_size": tok.vocab_size,
+            "eos": tok.eos, "bos": tok.bos, "pad": tok.pad, "dtype": writers["train"].dtype}
+    if source.name == "tales":
+        meta["grammar"] = source.key[0]
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+class Writer:
+    """One split: its .bin as it grows, and 8 bytes a document in memory for the index."""
+
+    def __init__(self, folder, split, tok):
+        self.path, self.eos = folder / split, tok.eos
+        self.dtype = "uint16" if tok.vocab_size <= 65_535 else "uint32"
+        self.file, self.sha, self.bytes = open(f"{self.path}.bin", "wb"), hashlib.sha256(), 0
+        self.offsets, self.logp = array("q", [0]), array("d")
+
+    def add(self, ids, size, logp):
+        data = np.array(ids + [self.eos], self.dtype).tobytes()
+        self.file.write(data)
+        self.sha.update(data)
+        self.bytes += size
+        self.offsets.append(self.offsets[-1] + len(ids) + 1)
+        if logp is not None:
+            self.logp.append(logp)
+
+    def close(self):
+        """Write the index; what meta.json says about the split."""
+        self.file.close()
+        offsets, logp = np.array(self.offsets), np.array(self.logp)
+        np.save(f"{self.path}.idx.npy", offsets)
+        stats = {"documents": len(offsets) - 1, "tokens": int(offsets[-1]), "bytes": self.bytes,
+                 "longest": int(np.diff(offsets).max(initial=0)), "sha256": self.sha.hexdigest()}
+        if len(logp):
+            if not np.isfinite(logp).all():
+                raise UserError("a story has probability 0: data/tales.txt was edited while its "
+                                "stories were written; run again")
+            np.save(f"{self.path}.logp.npy", logp)
+            stats["floor_nats_per_doc"] = -logp.mean()
+            stats["floor_se"] = logp.std(ddof=1) / len(logp) ** 0.5
+        return stats
+
+
+def _tokenizer(source, tokenizer, vocab_size, cut, say):
+    if tokenizer != "bpe":
+        return get_tokenizer(tokenizer, vocab_size)
+    if source.name != "tales":
+        texts = _sample(source, cut)
+    elif vocab_size == 2048:
+        return load_tokenizer(TALES_BPE)
+    else:
+        from data.tales import stories
+        texts = (text for text, _ in stories(10_000, SEEDS["tokenizer"]))
+    say(f"training a BPE of {vocab_size} ids")
+    tok = train_bpe(texts, vocab_size)
+    if tok.vocab_size < vocab_size:
+        say(f"no more than {tok.vocab_size} ids: no further pair of tokens occurs twice")
+    return tok
+
+
+def _sample(source, cut):
+    left = SAMPLE
+    for split, text, _ in source.read():
+        if (split or _split(text, cut)) == "train":
+            yield text[:left]
+            left -= len(text)
+            if left <= 0:
+                return
+
+
+def _batches(docs):
+    """Lists of documents, about half a million characters each; an empty document says nothing."""
+    batch, size = [], 0
+    for doc in docs:
+        if doc[1]:
+            batch.append(doc)
+            size += len(doc[1])
+        if size >= 1 << 19:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _cuts(source):
+    """Two hashes: a document below the first is in val, else below the second in test."""
+    docs = (doc for doc in source.read() if doc[1])
+    first = list(islice(docs, 1))
+    if not first:
+        raise UserError(f"{source.name} is empty: give a source that has text")
+    if first[0][0]:
+        return None     # it has splits of its own
+    first += islice(docs, 999)
+    hashes = sorted({_hash(text) for _, text, _ in first})
+    if len(hashes) < 3:
+        raise UserError(f"{source.name} has {len(hashes)} different document(s), and train, val "
+                        f"and test need one each: give more text, or divide it by {END}")
+    n = max(1, len(hashes) // 50)
+    return (hashes[n], hashes[2 * n]) if len(first) < 1000 else (2 ** 64 // 50, 2 ** 64 // 25)
+
+
+def _split(text, cut):
+    return "val" if _hash(text) < cut[0] else "test" if _hash(text) < cut[1] else "train"
+
+
+def _hash(text):
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+def verify(folder):
+    """Sizes against meta.json and the tokenizer against its fingerprint, in milliseconds.
+    UserError naming the first file that is missing or damaged."""
+    file = Path(folder) / "meta.json"
+
+    def check(name, good):
+        nonlocal file
+        file = Path(folder) / name
+        if not good(file):
+            raise ValueError
+    try:
+        meta = json.loads(file.read_text())
+        check("tokenizer.json", lambda f: fingerprint(json.loads(f.read_text()))
+              == meta["fingerprint"])
+        for split, n in meta["splits"].items():
+            size = n["tokens"] * np.dtype(meta["dtype"]).itemsize
+            check(f"{split}.bin", lambda f: f.stat().st_size == size)
+            check(f"{split}.idx.npy", lambda f: np.load(f, mmap_mode="r")[n["documents"]]
+                  == n["tokens"])
+            if "floor_se" in n:
+                check(f"{split}.logp.npy", lambda f: len(np.load(f)) == n["documents"])
+    except (OSError, LookupError, TypeError, ValueError):
+        raise UserError(f"{file} is missing or damaged: delete the folder {folder} and run again"
+                        ) from None
+
+
+def open_split(folder, split):
+    """Of train, val or test: the tokens (memmap), the offsets of its n documents (n + 1,), and
+    their exact log p in nats (n,), which only val and test of tales have, else None."""
+    path = Path(folder) / split
+    dtype = json.loads((Path(folder) / "meta.json").read_text())["dtype"]
+    logp = Path(f"{path}.logp.npy")
+    return (np.memmap(f"{path}.bin", dtype, mode="r"), np.load(f"{path}.idx.npy"),
+            np.load(logp) if logp.exists() else None)
+
+
+# ---- main --------------------------------------------------------------------------------------
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", metavar="NAME|PATH")
+    parser.add_argument("--tokenizer", default="bpe", help="bpe, gpt2, byte, hf:NAME or hf:PATH")
+    parser.add_argument("--vocab-size", "--vocab_size", type=int, default=0,
+                        help="ids of the tokenizer; 0: its own number (bpe: 2048)")
+    parser.add_argument("--docs", type=int, default=0, help="only so many documents; 0: all")
+    parser.add_argument("--cache", help="parent folder of the result (default: data/cache)")
+    try:
+        folder = prepare(**vars(parser.parse_args()))
+    except UserError as e:
+        print(e, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: nothing is kept", file=sys.stderr)
+        sys.exit(130)
+    meta = json.loads((folder / "meta.json").read_text())
+    print(f"{folder}\ntokenizer {meta['tokenizer']}, {meta['vocab_size']} ids, {meta['dtype']}")
+    for split, n in meta["splits"].items():
+        print(f"{split:5} {n['documents']:9,} documents {n['tokens']:13,} tokens "
+              f"{n['bytes'] / n['tokens']:.2f} bytes/token, longest {n['longest']:,}"
+              + f", {n.get('floor_nats_per_doc', 0):.2f} true nats/document" * ("floor_se" in n))
+    tokens, offsets, _ = open_split(folder, "train")
+    print("first:", load_tokenizer(folder).decode(tokens[:min(offsets[1], 80)]))
+
+
+if __name__ == "__main__":
+    main()
