@@ -251,11 +251,12 @@ class Model(nn.Module):
 
 
 def init_weights(model):
-    """Normal(0, 0.02) everywhere; residual outputs and head zero, so the model starts uniform."""
+    """Normal(0, 0.02); residual outputs, head and biases zero, so the model starts uniform."""
     for name, p in model.named_parameters():
-        if p.dim() > 1:
-            nn.init.zeros_(p) if name.endswith(("proj.weight", "head.weight")) \
-                else nn.init.normal_(p, std=0.02)
+        if name.endswith(("proj.weight", "head.weight", "bias")):
+            nn.init.zeros_(p)
+        elif p.dim() > 1:
+            nn.init.normal_(p, std=0.02)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -396,7 +397,8 @@ def infill_exact(model, x0, i, cfg, chunk=256):
     rows = x0.repeat(V, 1)
     rows[:, i] = torch.arange(V, device=x0.device)
     logp = torch.cat([-token_nll(model, part, cfg).double().sum(1) for part in rows.split(chunk)])
-    return logp.log_softmax(0)  # (E5)
+    after_end = (~charged(rows, cfg) & (rows != cfg.eos)).any(1)  # impossible: words after EOS
+    return logp.masked_fill(after_end, -torch.inf).log_softmax(0)  # (E5)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -475,13 +477,16 @@ def train(cfg):
             stored = common.load_config(Config, run.out)
             common.check_same(cfg, stored, SHAPE, f"the run in {run.out}")
             step = run.resume(tokenizer, model, ema, optimizers, g)
-        fast = torch.compile(model) if cfg.compile else model
+        if cfg.compile:  # the blocks only: what is around them changes shape at every step
+            for block in model.blocks:
+                block.compile()
         size = sum(p.numel() for p in model.parameters())
         run.say(f"{NAME}.py: {size / 1e6:.2f}M parameters, vocabulary {cfg.vocab_size}, rows of "
                 f"{cfg.seq_len} ({cfg.rows}), {run.describe()}")
         run.say(f"without a model: uniform {math.log(cfg.vocab_size):.3f}, unigram "
                 f"{unigram_nll(cfg):.3f} nats per position of a row")
         share = cfg.batch_size // run.world  # rows of one process in one micro-batch
+        run.begin()
 
         while step < cfg.steps and not run.stopping():
             if step % cfg.eval_every == 0:
@@ -493,14 +498,14 @@ def train(cfg):
             for i in range(run.rank, cfg.grad_accum * run.world, run.world):
                 g.set_state(noise)
                 with run.amp:
-                    loss, info = loss_fn(fast, x0, cfg, g, slice(i * share, (i + 1) * share))
+                    loss, info = loss_fn(model, x0, cfg, g, slice(i * share, (i + 1) * share))
                 (loss / cfg.grad_accum).backward()
                 total += loss.item() / cfg.grad_accum
             total = run.average(model, total)
-            if not math.isfinite(total):
-                raise UserError(f"the loss is {total} at step {step}: lower --lr; the last good "
-                                f"checkpoint is kept in {run.out}")
-            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
+            if not math.isfinite(total + norm):
+                raise UserError(f"the loss is {total} and its gradient {norm} at step {step}: "
+                                f"lower --lr; the last good checkpoint is kept in {run.out}")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -508,11 +513,12 @@ def train(cfg):
             for p, q in zip(ema.parameters(), model.parameters()):  # warms up: early weights fade
                 p.lerp_(q.detach(), 1 - min(cfg.ema, (1 + step) / (10 + step)))
             run.train_row(step, x0.numel(), loss=total, lr=get_lr(step - 1, cfg),
-                          grad_norm=norm.item())
-            if step % cfg.save_every == 0 or step == cfg.steps or run.stopping():
+                          grad_norm=norm)
+            if step % cfg.save_every == 0 or step == cfg.steps:
                 run.save(step, tokenizer, model, ema, optimizers, g)
 
         if run.stop_signal:
+            run.save(step, tokenizer, model, ema, optimizers, g)
             run.say(f"stopped at step {step}; go on with --resume")
             raise SystemExit(128 + run.stop_signal)
         run.validate(step, lambda: evaluate(ema, cfg))

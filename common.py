@@ -6,6 +6,7 @@ method scripts.
 """
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import math
@@ -16,6 +17,7 @@ import signal
 import sys
 import textwrap
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -37,11 +39,16 @@ class UserError(Exception):
 
 def run_main(main):
     """Call main(argv) and turn the user's mistakes into one line on stderr and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter shows "?"
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # the reader of our output has seen enough (head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -50,9 +57,11 @@ def run_main(main):
 def parse(Config, presets, argv, doc, default=None):
     """Command line -> Config. `--preset` chooses defaults, explicit flags win; --batch-size and
     --batch_size are the same flag. `default` (a Config, or None) is what flags are laid over."""
+    names = [a.partition("=")[2] or b for a, b in zip(argv, argv[1:] + [""])
+             if re.fullmatch("--preset(=.*)?", a)]
+    if default and names and names[-1] != default.preset:
+        raise UserError(f"--preset {names[-1]} is for a new run; this one has {default.preset}")
     if default is None:
-        names = [a.partition("=")[2] or b for a, b in zip(argv, argv[1:] + [""])
-                 if re.fullmatch("--preset(=.*)?", a)]
         name = names[-1] if names else Config().preset
         if name not in presets:
             raise UserError(f"unknown preset '{name}': choose one of {', '.join(presets)}")
@@ -65,9 +74,11 @@ def parse(Config, presets, argv, doc, default=None):
     except SystemExit as stop:
         if not stop.code:
             raise
-        rows = [row.strip("│ ") for row in heard.getvalue().splitlines()]
-        said = " ".join(row for row in rows if row and row[0] not in "╭╰")
-        raise UserError(said.partition(" ───")[0].removeprefix("Error ") + "; see --help") from None
+        box = re.sub("[│╭╮╰╯]", " ", heard.getvalue()).strip().partition("\n")[2]  # under a title
+        said = [" ".join(part.split()).removeprefix("Error parsing Config: ")
+                for part in re.split("[─-]{4,}", box)]
+        said = [part for part in said if part and not part.startswith(("Argument", "For full"))]
+        raise UserError("; ".join(said) + "; see --help") from None
     check(cfg)
     return cfg
 
@@ -89,8 +100,11 @@ def check(cfg):
         bad.append(f"--dtype is '{cfg.dtype}', choose auto, float32 or bfloat16")
     if cfg.rows not in ("auto", "docs", "stream"):
         bad.append(f"--rows is '{cfg.rows}', choose auto, docs or stream")
-    if unknown := set(cfg.log.split(",")) - {"", "tensorboard", "wandb"}:
-        bad.append(f"--log knows tensorboard and wandb, not {', '.join(sorted(unknown))}")
+    for name in set(cfg.log.split(",")) - {""}:
+        if name not in ("tensorboard", "wandb"):
+            bad.append(f"--log knows tensorboard and wandb, not {name}")
+        elif importlib.util.find_spec(name) is None:
+            bad.append(f"--log {name} needs: pip install {name}")
     if bad:
         raise UserError("; ".join(bad))
 
@@ -152,15 +166,10 @@ class Run:
             except OSError as error:
                 raise UserError(f"cannot write to {self.out} ({error.strerror}): choose another "
                                 "folder with --out") from None
-            if training and (self.out / "state.pt").exists() and not cfg.resume:
-                for old in ("state.pt", "log.jsonl"):  # a new run: never mixed with the old one
-                    (self.out / old).replace(self.out / (old + ".old")) \
-                        if (self.out / old).exists() else None
 
     def __enter__(self):
         if self.training:
             self.old = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
-            self._open_sinks()
         return self
 
     def __exit__(self, *_):
@@ -170,6 +179,18 @@ class Run:
             signal.signal(s, handler)
         if self.world > 1:
             dist.destroy_process_group()
+        if self.rank == 0:
+            with contextlib.suppress(OSError):
+                self.out.rmdir()  # if it is empty: nothing came of this run
+
+    def begin(self):
+        """Open the logs, now that nothing is left to complain about; what an earlier run in this
+        folder left to resume from is renamed, so that two runs never mix."""
+        self._open_sinks()
+        if self.rank == 0 and not self.cfg.resume and (self.out / "state.pt").exists():
+            for old in ("state.pt", "log.jsonl"):
+                if (self.out / old).exists():
+                    (self.out / old).replace(self.out / f"{old}.old")
 
     def _stop(self, number, _frame):
         if self.stop_signal:  # asked twice: the user means now
@@ -187,18 +208,12 @@ class Run:
 
     def _open_sinks(self):
         if self.rank == 0 and "tensorboard" in self.cfg.log.split(","):
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--log tensorboard needs: pip install tensorboard") from None
+            from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(str(self.out))
             self.sinks.append(lambda row: [writer.add_scalar(f"{row['kind']}/{k}", v, row["step"])
                                            for k, v in row.items() if isinstance(v, float)])
         if self.rank == 0 and "wandb" in self.cfg.log.split(","):
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("--log wandb needs: pip install wandb") from None
+            import wandb
             wandb.init(project="text-diffusion", name=self.out.name, dir=str(self.out),
                        config=dataclasses.asdict(self.cfg))
             self.sinks.append(lambda row: wandb.log({f"{row['kind']}/{k}": v for k, v in row.items()
@@ -222,9 +237,12 @@ class Run:
             sink(row)
 
     def read_log(self):
-        """The rows of log.jsonl as dictionaries."""
-        path = self.out / "log.jsonl"
-        return [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
+        """The rows of log.jsonl as dictionaries; a row that was cut off is left out."""
+        path, rows = self.out / "log.jsonl", []
+        for row in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(row))
+        return rows
 
     def describe(self):
         """Where and how this run computes, in words."""
@@ -235,7 +253,7 @@ class Run:
         """Mean of the gradients and of `loss` over the torchrun processes (one flat all-reduce)."""
         if self.world == 1:
             return loss
-        grads = [p.grad for p in model.parameters()]
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
         flat = torch.cat([grad.reshape(-1) for grad in grads] + [grads[0].new_tensor([loss])])
         dist.all_reduce(flat)
         flat /= self.world
@@ -283,12 +301,13 @@ class Run:
             raise UserError(f"--resume found no {path}: leave it out to start a new run")
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-        except Exception:
-            raise UserError(f"{path} is broken: delete it and start again") from None
-        for part, stored in zip([model, ema, *optimizers],
-                                [state["model"], state["ema"], *state["optimizers"]]):
-            part.load_state_dict(stored)
-        g.set_state(state["g"].cpu())
+            for part, stored in zip([model, ema, *optimizers],
+                                    [state["model"], state["ema"], *state["optimizers"]]):
+                part.load_state_dict(stored)
+            g.set_state(state["g"].cpu())
+        except Exception as error:
+            raise UserError(f"{path} does not fit this model ({last_line(error)}): it is broken or "
+                            "was trained with other flags") from None
         if self.rank == 0:
             rows = [row for row in self.read_log() if 0 <= row["step"] < state["step"] or
                     row["kind"] == "train" and row["step"] == state["step"]]
@@ -308,7 +327,7 @@ class Run:
                      torch=torch.__version__, machine=platform.processor() or platform.machine(),
                      parameters=sum(p.numel() for p in model.parameters()),
                      tokenizer=tokenizer.fingerprint)
-        tokenizer.save(self.out)
+        replace(self.out / "tokenizer.json", lambda p: p.write_text(json.dumps(tokenizer.spec)))
         replace(self.out / "config.json", lambda p: p.write_text(
             json.dumps(dict(config=dataclasses.asdict(self.cfg), run=facts), indent=1)))
         replace(self.out / "model.safetensors", lambda p: save_file(ema.state_dict(), p))
@@ -328,14 +347,25 @@ def replace(path, write):
     temporary.replace(path)
 
 
+def last_line(error):
+    """What an error of another library comes down to."""
+    return textwrap.shorten((str(error).strip().splitlines() or [type(error).__name__])[-1], 160)
+
+
 def load_config(Config, out):
     """out/config.json -> Config; a missing, broken or foreign file is a UserError."""
     path = Path(out) / "config.json"
     if not path.exists():
         raise UserError(f"no checkpoint in {out}: train first, or name its folder with --out")
     try:
-        stored = json.loads(path.read_text())["config"]
-        return Config(**stored)
+        stored = json.loads(path.read_text())
+        cfg = Config(**stored["config"])
+        kinds = {f.name: (int, float) if f.type is float else type(f.default)
+                 for f in dataclasses.fields(Config)}
+        if not (isinstance(stored["run"]["tokenizer"], str) and
+                all(isinstance(getattr(cfg, name), kind) for name, kind in kinds.items())):
+            raise TypeError
+        return cfg
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a configuration of this script: was it written by another "
                         "method or version?") from None
@@ -349,8 +379,8 @@ def load_weights(model, out):
     except FileNotFoundError:
         raise UserError(f"{path} is missing: train first, or name the folder with --out") from None
     except (SafetensorError, RuntimeError, OSError) as error:
-        raise UserError(f"{path} does not fit this model ({str(error).strip().splitlines()[-1]}): "
-                        "it is broken or was trained with other flags") from None
+        raise UserError(f"{path} does not fit this model ({last_line(error)}): it is broken or was "
+                        "trained with other flags") from None
 
 
 def check_tokenizer(out, tokenizer):
@@ -415,12 +445,14 @@ def show_samples(run, cfg, tokenizer, step, x, trace, info, seconds=None):
         plot_trace(run.out / "trace.png", film, tokenizer, cfg)
         run.say("\n" + filmstrip(film, tokenizer) + "\n")
     replace(run.out / "samples.txt",
-            lambda p: p.write_text("\n<|endoftext|>\n".join(texts) + "\n"))
+            lambda p: p.write_text("\n<|endoftext|>\n".join(texts) + "\n", encoding="utf-8"))
     for text in texts[:2] if seconds else texts:
         run.say(text + "\n")
     if seconds:
         marks = (judge_tales(texts) if cfg.data == "tales" else {}) | text_metrics(rows)
-        run.log("samples", step, n=len(texts), seconds=seconds, **info, **marks)
+        steps = getattr(cfg, "sampling_steps", 0) or cfg.seq_len
+        run.log("samples", step, n=len(texts), sampling_steps=steps, seconds=seconds, **info,
+                **marks)
         run.say(f"{len(texts)} samples in {seconds:.1f} s: " + ", ".join(
             f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}"
             for k, v in (info | marks).items() if v is not None))
@@ -480,10 +512,9 @@ def filmstrip(film, tokenizer, frames=6, width=96, lines=3):
 # ------------------------------------------------------------------------------------ figures
 
 def _axes(width, height):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt.subplots(figsize=(width, height), dpi=100, layout="constrained")
+    from matplotlib.figure import Figure  # without pyplot: a notebook keeps its own settings
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    return figure, figure.subplots()
 
 
 def plot_loss(path, rows):
@@ -522,8 +553,10 @@ def plot_trace(path, film, tokenizer, cfg):
                  cmap="viridis")
     for i in inside[::max(1, len(inside) // 45)]:
         axes.annotate(tokenizer.decode([last[i]]).strip(), (i, written[i]), fontsize=6.5,
-                      rotation=45, xytext=(1, 2), textcoords="offset points")
+                      rotation=45, xytext=(1, 2), textcoords="offset points", parse_math=False)
     axes.set(xlabel="position in the row", ylabel="step at which it was written",
              title="one sample: every position when it was written")
     axes.margins(x=0.02, y=0.12)
-    replace(path, lambda p: figure.savefig(p, format="png"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about letters that the font does not have
+        replace(path, lambda p: figure.savefig(p, format="png"))

@@ -97,6 +97,9 @@ class Config:
     bos: int = -1  # first input
     data_dir: str = ""  # where the prepared data are
 
+    def __post_init__(self):
+        get_schedule(self.schedule)  # an unknown name stops here, before anything is trained
+
 
 PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256, lr=2e-3),
                medium=dict(n_layer=12, n_head=12, n_embd=768, seq_len=512, lr=1e-3))
@@ -255,11 +258,12 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.n_embd)
         self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        if cfg.cond in ("add", "adaln"):
+            self.noise_in = nn.Linear(2 * 64, cfg.n_embd)
+        if cfg.cond == "add":
+            self.noise_head = nn.Linear(cfg.n_embd, cfg.n_embd)
         if cfg.cond == "table":
             self.noise_head = nn.Embedding(64, cfg.n_embd)
-        elif cfg.cond != "none":
-            self.noise_in = nn.Linear(2 * 64, cfg.n_embd)
-            self.noise_head = nn.Linear(cfg.n_embd, cfg.n_embd)
         init_weights(self)
 
     def embed_noise(self, gamma):
@@ -283,11 +287,12 @@ class Model(nn.Module):
 
 
 def init_weights(model):
-    """Normal(0, 0.02) everywhere; residual outputs and head zero, so the model starts uniform."""
+    """Normal(0, 0.02); residual outputs, head and biases zero, so the model starts uniform."""
     for name, p in model.named_parameters():
-        if p.dim() > 1:
-            nn.init.zeros_(p) if name.endswith(("proj.weight", "head.weight")) \
-                else nn.init.normal_(p, std=0.02)
+        if name.endswith(("proj.weight", "head.weight", "bias")):
+            nn.init.zeros_(p)
+        elif p.dim() > 1:
+            nn.init.normal_(p, std=0.02)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -376,16 +381,16 @@ def loss_fn(model, x0, cfg, g, rows=slice(None)):
         weight = 1 / (T * (inverse(gamma) - inverse((n - 1) / T)))  # 1 / (T P(n)); linear: 1
     else:
         xt, is_mask = corrupt(x0, t, cfg, g)
-        weight = rate_of(t) * is_mask.sum(1).cpu() / gamma / T
+        weight = (rate_of(t) / gamma).nan_to_num(0, 0) * is_mask.sum(1).cpu() / T  # t may be 0
     # 3. predict
     ce = masked_ce(model, x0[rows], xt[rows], gamma[rows], is_mask[rows])  # (B', T)
     # 4. weigh
     n = is_mask.sum(1)
     row = ce.sum(1) / n[rows].clamp(min=1)  # (B',)
     if cfg.loss == "ce_batch":
-        loss = ce.sum() / n.sum()
+        loss = ce.sum() / n.sum().clamp(min=1)
     elif cfg.loss == "ce_seq":
-        loss = row.sum() / (n > 0).sum()
+        loss = row.sum() / (n > 0).sum().clamp(min=1)
     else:
         loss = (weight[rows].to(row) * row).sum() / B  # (E3)
     return loss * (B / len(row)), dict(masked=n.float().mean().item())
@@ -489,7 +494,7 @@ def reveal_counts(todo, steps, cfg, g):
         step = torch.searchsorted(-grid[1:], -u, right=False).clamp(max=steps - 1)  # (E6)
         counts = torch.zeros(B, steps, dtype=torch.long).scatter_add(1, step, todo.long())
     counts = counts.gather(1, (counts == 0).long().argsort(stable=True, dim=1))
-    return counts[:, :max(1, int((counts > 0).sum(1).max()))]
+    return counts[:, :int((counts > 0).sum(1).max())]
 
 
 @torch.no_grad()
@@ -502,17 +507,14 @@ def sample(model, cfg, n, g, prompt=None, trace=None, start=None):
     x = torch.full((n, cfg.seq_len), M, device=device) if start is None else start.clone()
     if prompt is not None:
         x[:, :len(prompt)] = prompt
-    wanted = (x == M).sum(1)
     # 2. plan how many positions every call reveals
     counts = reveal_counts((x == M).cpu(), cfg.sampling_steps or cfg.seq_len, cfg, g).to(device)
     if trace is not None:
         trace.append((0, x.cpu().clone()))
     for k in range(counts.shape[1]):
         row = counts[:, k].nonzero()[:, 0]  # rows that still have something to reveal
-        if not len(row):
-            break
         xt, todo = x[row], x[row] == M
-        gamma = todo.sum(1) / wanted[row]
+        gamma = todo.sum(1) / cfg.seq_len  # as in training, where given tokens count too
         # 3. choose positions, before any token is drawn: a choice that looked at the drawn token
         #    would prefer likely ones and change the law
         score = torch.rand(todo.shape, generator=g).to(device)
@@ -606,13 +608,16 @@ def train(cfg):
             stored = common.load_config(Config, run.out)
             common.check_same(cfg, stored, SHAPE, f"the run in {run.out}")
             step = run.resume(tokenizer, model, ema, optimizers, g)
-        fast = torch.compile(model) if cfg.compile else model
+        if cfg.compile:  # the blocks only: what is around them changes shape at every step
+            for block in model.blocks:
+                block.compile()
         size = sum(p.numel() for p in model.parameters())
         run.say(f"{NAME}.py: {size / 1e6:.2f}M parameters, vocabulary {cfg.vocab_size}, rows of "
                 f"{cfg.seq_len} ({cfg.rows}), {run.describe()}")
         run.say(f"without a model: uniform {math.log(cfg.vocab_size):.3f}, unigram "
                 f"{unigram_nll(cfg):.3f} nats per position of a row")
         share = cfg.batch_size // run.world  # rows of one process in one micro-batch
+        run.begin()
 
         while step < cfg.steps and not run.stopping():
             if step % cfg.eval_every == 0:
@@ -624,14 +629,14 @@ def train(cfg):
             for i in range(run.rank, cfg.grad_accum * run.world, run.world):
                 g.set_state(noise)
                 with run.amp:
-                    loss, info = loss_fn(fast, x0, cfg, g, slice(i * share, (i + 1) * share))
+                    loss, info = loss_fn(model, x0, cfg, g, slice(i * share, (i + 1) * share))
                 (loss / cfg.grad_accum).backward()
                 total += loss.item() / cfg.grad_accum
             total = run.average(model, total)
-            if not math.isfinite(total):
-                raise UserError(f"the loss is {total} at step {step}: lower --lr; the last good "
-                                f"checkpoint is kept in {run.out}")
-            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
+            if not math.isfinite(total + norm):
+                raise UserError(f"the loss is {total} and its gradient {norm} at step {step}: "
+                                f"lower --lr; the last good checkpoint is kept in {run.out}")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -639,11 +644,12 @@ def train(cfg):
             for p, q in zip(ema.parameters(), model.parameters()):  # warms up: early weights fade
                 p.lerp_(q.detach(), 1 - min(cfg.ema, (1 + step) / (10 + step)))
             run.train_row(step, x0.numel(), loss=total, lr=get_lr(step - 1, cfg),
-                          grad_norm=norm.item())
-            if step % cfg.save_every == 0 or step == cfg.steps or run.stopping():
+                          grad_norm=norm)
+            if step % cfg.save_every == 0 or step == cfg.steps:
                 run.save(step, tokenizer, model, ema, optimizers, g)
 
         if run.stop_signal:
+            run.save(step, tokenizer, model, ema, optimizers, g)
             run.say(f"stopped at step {step}; go on with --resume")
             raise SystemExit(128 + run.stop_signal)
         run.validate(step, lambda: evaluate(ema, cfg))

@@ -210,7 +210,8 @@ def _hf(spec):
     name, file = spec.removeprefix("hf:"), _hf_file(spec)
     with hint(f"cannot load the tokenizer {name}", "check its name, or on a machine with a network "
               "download its tokenizer.json and pass that file as hf:PATH"):
-        _ = file or _online()   # before the import, which reads HF_HUB_OFFLINE
+        if not file:
+            _online()   # before the import, which reads HF_HUB_OFFLINE
         from tokenizers import Tokenizer as Fast
         tok = Fast.from_file(str(file)) if file else Fast.from_pretrained(name)
     vocab = tok.get_vocab(with_added_tokens=True)
@@ -256,8 +257,8 @@ def find_source(name, docs=0):
     if name in HUB:
         return _hub(name, docs or (FINEWEB_DOCS if name == "fineweb" else 0))
     path = Path(name).expanduser().resolve()
-    if not path.exists():
-        raise UserError(f"{name} is neither a file or folder nor one of the names tales, "
+    if not name or not path.exists():
+        raise UserError(f"{name!r} is neither a file or folder nor one of the names tales, "
                         f"{', '.join(HUB)}: check it")
     return _local(name, path, docs)
 
@@ -505,13 +506,18 @@ def _make(folder, build, say):
         try:
             build(partial)
             for path in [*partial.iterdir(), partial]:
-                fd = os.open(path, os.O_RDONLY)
-                os.fsync(fd)
-                os.close(fd)
+                _sync(path)
             partial.rename(folder)
+            _sync(folder.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def _sync(path):
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.close(file)
 
 
 @contextlib.contextmanager
@@ -662,27 +668,32 @@ def _hash(text):
 def verify(folder):
     """Sizes against meta.json and the tokenizer against its fingerprint, in milliseconds.
     UserError naming the first file that is missing or damaged."""
-    file = Path(folder) / "meta.json"
+    folder = Path(folder)
 
-    def check(name, good):
-        nonlocal file
-        file = Path(folder) / name
-        if not good(file):
-            raise ValueError
-    try:
-        meta = json.loads(file.read_text())
-        check("tokenizer.json", lambda f: fingerprint(json.loads(f.read_text()))
-              == meta["fingerprint"])
-        for split, n in meta["splits"].items():
-            size = n["tokens"] * np.dtype(meta["dtype"]).itemsize
-            check(f"{split}.bin", lambda f: f.stat().st_size == size)
-            check(f"{split}.idx.npy", lambda f: np.load(f, mmap_mode="r")[n["documents"]]
-                  == n["tokens"])
-            if "floor_se" in n:
-                check(f"{split}.logp.npy", lambda f: len(np.load(f)) == n["documents"])
-    except (OSError, LookupError, TypeError, ValueError):
-        raise UserError(f"{file} is missing or damaged: delete the folder {folder} and run again"
-                        ) from None
+    def check(name, read, expected=None):
+        try:
+            found = read(folder / name)
+            if expected in (None, found):
+                return found
+        except (OSError, ValueError, IndexError, AttributeError):
+            pass
+        raise UserError(f"{folder / name} is missing or damaged: delete the folder {folder} and "
+                        "run again")
+
+    def ends(file):
+        offsets = np.load(file, mmap_mode="r")
+        return [len(offsets), int(offsets[-1])]
+
+    def parse(file):
+        return json.loads(file.read_text())
+    meta = check("meta.json", parse)
+    check("tokenizer.json", lambda file: fingerprint(parse(file)), meta["fingerprint"])
+    for split, n in meta["splits"].items():
+        size = n["tokens"] * np.dtype(meta["dtype"]).itemsize
+        check(f"{split}.bin", lambda file: file.stat().st_size, size)
+        check(f"{split}.idx.npy", ends, [n["documents"] + 1, n["tokens"]])
+        if "floor_se" in n:
+            check(f"{split}.logp.npy", lambda file: len(np.load(file)), n["documents"])
 
 
 def open_split(folder, split):
