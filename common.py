@@ -140,6 +140,15 @@ def precision(device, dtype):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"), dtype
 
 
+def machine(device):
+    """What the numbers were measured on: the GPU's or the CPU's name, and the number of cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
 # --------------------------------------------------------------------------------- run folder
 
 class Run:
@@ -324,7 +333,7 @@ class Run:
             return
         facts = dict(command=" ".join(sys.argv), step=step, device=str(self.device),
                      dtype=self.dtype, threads=torch.get_num_threads(), processes=self.world,
-                     torch=torch.__version__, machine=platform.processor() or platform.machine(),
+                     torch=torch.__version__, machine=machine(self.device),
                      parameters=sum(p.numel() for p in model.parameters()),
                      tokenizer=tokenizer.fingerprint)
         replace(self.out / "tokenizer.json", lambda p: p.write_text(json.dumps(tokenizer.spec)))

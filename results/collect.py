@@ -1,0 +1,24 @@
+"""Keep the log of a run: `python results/collect.py out/mdlm results/mdlm.jsonl`.
+
+The first line holds what made the numbers (command, config, seed, versions, hardware); then come
+the evaluations and samples, and one training row in `every`.
+"""
+import json
+import sys
+from pathlib import Path
+
+
+def collect(out, target, every=25):
+    """Copy a run folder's config.json and log.jsonl into one small JSON-lines file."""
+    made = json.loads((Path(out) / "config.json").read_text())
+    rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["kind"] != "train" or row["step"] % every == 0]
+    lines = [json.dumps(row) for row in [dict(kind="config", **made), *rows]]
+    Path(target).write_text("\n".join(lines) + "\n")
+    return len(lines)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python results/collect.py RUN_FOLDER TARGET.jsonl")
+    print(collect(*sys.argv[1:]), "rows")
