@@ -415,12 +415,15 @@ def get_lr(step, cfg):
 
 
 def make_optimizers(model, cfg):
-    """Muon for the matrices inside the blocks, AdamW for everything else; one learning rate."""
+    """Muon for the matrices inside the blocks; AdamW, at a higher rate, for embeddings, head and
+    gains. Each group's own rate is `scale` times the scheduled one."""
     hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
     inside = set(map(id, hidden))
     rest = [p for p in model.parameters() if id(p) not in inside]
-    return [torch.optim.Muon(hidden, cfg.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, cfg.lr, betas=(0.9, 0.98), weight_decay=0.0)]
+    return [torch.optim.Muon([dict(params=hidden, scale=1.0)], cfg.lr, weight_decay=0.05,
+                             adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW([dict(params=rest, scale=3.0)], cfg.lr, betas=(0.9, 0.98),
+                              weight_decay=0.0)]
 
 
 @torch.no_grad()
@@ -492,7 +495,7 @@ def train(cfg):
             if step % cfg.eval_every == 0:
                 run.validate(step, lambda: evaluate(ema, cfg))
             for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-                group["lr"] = get_lr(step, cfg)
+                group["lr"] = get_lr(step, cfg) * group["scale"]
             # one batch and one noise for the whole step, shared out to micro-batches and processes
             x0, noise, total = get_batch("train", cfg, g).to(run.device), g.get_state(), 0.0
             for i in range(run.rank, cfg.grad_accum * run.world, run.world):

@@ -211,7 +211,7 @@ def _hf(spec):
     with hint(f"cannot load the tokenizer {name}", "check its name, or on a machine with a network "
               "download its tokenizer.json and pass that file as hf:PATH"):
         if not file:
-            _online()   # before the import, which reads HF_HUB_OFFLINE
+            _online()
         from tokenizers import Tokenizer as Fast
         tok = Fast.from_file(str(file)) if file else Fast.from_pretrained(name)
     vocab = tok.get_vocab(with_added_tokens=True)
@@ -255,7 +255,7 @@ def find_source(name, docs=0):
     if name == "tales":
         return _tales(docs)
     if name in HUB:
-        return _hub(name, docs or (FINEWEB_DOCS if name == "fineweb" else 0))
+        return _hub(name, docs)
     path = Path(name).expanduser().resolve()
     if not name or not path.exists():
         raise UserError(f"{name!r} is neither a file or folder nor one of the names tales, "
@@ -319,7 +319,7 @@ def _local(name, path, docs):
                         "such files")
     files = [f for f in found if f.suffix.lower() == kind]
     stats = [f.stat() for f in files]
-    key = [str(path), [(f.name, s.st_size, s.st_mtime_ns) for f, s in zip(files, stats)], docs]
+    key = [[(str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, stats)], docs]
 
     def load():
         import datasets
@@ -443,9 +443,12 @@ def _articles(lines):
 
 def _online():
     """Whether the hub answers; if not, tell its libraries, which would retry for half a minute."""
-    offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
-    if not offline and not _reachable(os.environ.get("HF_ENDPOINT") or "https://huggingface.co"):
-        os.environ["HF_HUB_OFFLINE"], offline = "1", True
+    offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0") or not _reachable(
+        os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"      # read when they are imported, if they are not yet
+        for module in {"huggingface_hub.constants", "datasets.config"} & set(sys.modules):
+            sys.modules[module].HF_HUB_OFFLINE = True
     return not offline
 
 
@@ -471,12 +474,13 @@ def prepare(name="tales", tokenizer="bpe", vocab_size=0, docs=0, cache=None, qui
             print(text, file=sys.stderr)
     try:
         vocab_size = natural_vocab(tokenizer, vocab_size)
+        docs = docs or (FINEWEB_DOCS if name == "fineweb" else 0)
         source = find_source(str(name), docs)
         stored = (source.name, tokenizer, vocab_size) == ("tales", "bpe", 2048)
         file = TALES_BPE if stored else _hf_file(tokenizer)
         key = [FORMAT, source.key, tokenizer, vocab_size, file and sha(file.read_bytes())]
         size = f"-{vocab_size}" if tokenizer in ("bpe", "gpt2") else ""
-        parts = [Path(source.name).stem, tokenizer + size, f"{docs or 'all'}"]
+        parts = [Path(source.name).resolve().stem, tokenizer + size, f"{docs or 'all'}"]
         parts = [re.sub(r"[^A-Za-z0-9._-]+", "_", part)[-40:] for part in parts]
         folder = cache / "-".join(parts + [sha(json.dumps(key).encode())[:8]])
         if not folder.exists():
@@ -502,6 +506,7 @@ def _make(folder, build, say):
         if folder.exists():
             return
         partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)      # of a process that died while we waited
         partial.mkdir()
         try:
             build(partial)
@@ -543,7 +548,8 @@ def _build(folder, source, tokenizer, vocab_size, quiet, say):
     tok = _tokenizer(source, tokenizer, vocab_size, cut, say)
     tok.save(folder)
     writers = {split: Writer(folder, split, tok) for split in SPLITS}
-    bar = tqdm(total=source.total, unit=source.unit, unit_scale=True, disable=quiet or None)
+    bar = tqdm(total=source.total, unit=source.unit, unit_scale=True, desc=source.name,
+               disable=quiet or None)   # None: shown on a terminal only
     for batch in _batches(source.read()):
         for (split, text, logp), ids in zip(batch, tok.encode_batch([d[1] for d in batch])):
             size = len(text.encode())
@@ -656,7 +662,8 @@ def _cuts(source):
 
 
 def _split(text, cut):
-    return "val" if _hash(text) < cut[0] else "test" if _hash(text) < cut[1] else "train"
+    h = _hash(text)
+    return "val" if h < cut[0] else "test" if h < cut[1] else "train"
 
 
 def _hash(text):

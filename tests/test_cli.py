@@ -1,0 +1,434 @@
+"""The command line: every flag, every command that is written down, every mistake in one sentence."""
+import ast
+import dataclasses
+import inspect
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ar
+import common
+import mdlm
+from data import prepare, tales
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [ar, mdlm]
+both = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.NAME)
+TINY = ("--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --seq-len 32 --batch-size 4 --steps 4 "
+        "--warmup 1 --eval-every 2 --save-every 2 --device cpu --dtype float32").split()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a text, a cache, and a finished run of each script: ar/ and mdlm/."""
+    home, draw = tmp_path_factory.mktemp("home"), random.Random(0)
+    words = ["the cat|a dog|my friend|the old king", "saw|liked|found|lost",
+             "a red ball|the house|some bread|a tall tree"]
+    docs = [" ".join(draw.choice(part.split("|")) for part in words) + f" {i % 7} times."
+            for i in range(200)]
+    (home / "small.txt").write_text("<|endoftext|>".join(docs))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TEXT_DIFFUSION_CACHE", str(home / "cache"))
+        for script in SCRIPTS:
+            with pytest.raises(SystemExit) as stop:
+                patch.setattr(sys, "argv", [f"{script.NAME}.py", "--data", str(home / "small.txt"),
+                                            *TINY, "--out", str(home / script.NAME)])
+                common.run_main(script.main)
+            assert not stop.value.code
+        yield home
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """cli(script, *flags) -> exit code, stdout, stderr: the command line without a new process."""
+    def call(script, *argv):
+        monkeypatch.setattr(sys, "argv", [f"{script.NAME}.py", *map(str, argv)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            common.run_main(script.main)
+        return stop.value.code or 0, *capsys.readouterr()
+    return call
+
+
+def one_sentence(code, err):
+    """The one sentence that a mistake ends in."""
+    assert code == 2 and "Traceback" not in err, err
+    *before, last = err.strip("\n").split("\n")
+    assert all(line.startswith("training a BPE of") for line in before), err
+    assert last.startswith("error: ") and "  " not in last and "\t" not in last, last
+    return last
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+# ---- flags ---------------------------------------------------------------------------------------
+
+def fields(script):
+    """{field: help text} from the trailing comments of Config."""
+    source = inspect.getsource(script.Config)
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
+
+
+@both
+@pytest.mark.parametrize("command", [[], ["sample"]], ids=["train", "sample"])
+def test_help_shows_every_field_with_its_help_text(script, command, cli):
+    code, out, err = cli(script, *command, "--help")
+    shown = " ".join(re.sub("[│╭╮╰╯─]", " ", out).split())
+    assert code == 0 and err == ""
+    helps = fields(script)
+    assert helps.keys() == {field.name for field in dataclasses.fields(script.Config)}
+    for name, text in helps.items():
+        assert f"--{name.replace('_', '-')} " in shown or f"--{name.replace('_', '-')}, " in shown
+        assert " ".join(text.split()) in shown, name
+    assert " ".join(script.__doc__.split()[:8]) in shown
+
+
+@both
+def test_every_flag_has_two_spellings(script):
+    for field in dataclasses.fields(script.Config):
+        value = getattr(script.Config(), field.name)
+        if field.name in ("preset", "log"):  # refuse most words
+            continue
+        for name in {field.name, field.name.replace("_", "-")}:
+            if isinstance(value, bool):
+                argv, wanted = [f"--no-{name}" if value else f"--{name}"], not value
+            elif isinstance(value, str):
+                argv, wanted = [f"--{name}", value or "word"], value or "word"
+            else:
+                argv, wanted = [f"--{name}", str(abs(value) or 1)], abs(value) or 1
+            cfg = common.parse(script.Config, script.PRESETS, argv, "")
+            assert getattr(cfg, field.name) == wanted
+
+
+@both
+def test_presets_choose_defaults_and_explicit_flags_win(script):
+    def parse(line):
+        return common.parse(script.Config, script.PRESETS, line.split(), "")
+    assert parse("") == parse("--preset tiny") == script.Config()
+    small = parse("--preset small")
+    assert {**script.PRESETS["small"], "preset": "small"}.items() <= vars(small).items()
+    assert parse("--preset=small") == small and small.n_layer == 8
+    for line in ("--preset small --n-layer 3", "--n_layer 3 --preset small"):
+        assert parse(line) == dataclasses.replace(small, n_layer=3)
+    assert set(script.PRESETS) >= {"tiny", "small", "medium"}
+    for name in script.PRESETS:
+        parse(f"--preset {name}")
+
+
+def test_flags_of_a_stored_run_are_kept_unless_given(home, cli):
+    stored = common.load_config(ar.Config, home / "ar")
+    cfg = common.parse(ar.Config, ar.PRESETS, ["--steps", "9"], "", default=stored)
+    assert cfg == dataclasses.replace(stored, steps=9) and cfg.n_embd == 32
+
+
+# ---- train, sample, eval -------------------------------------------------------------------------
+
+@both
+def test_sample_follows_its_flags(script, home, cli):
+    out = home / script.NAME
+    (out / "trace.png").unlink(missing_ok=True)
+    code, said, err = cli(script, "sample", "--out", out, "--prompt", "the cat", "--n", 3,
+                          "--temperature", "0.7", "--top-k", 9, "--top-p", "0.9", "--trace")
+    assert code == 0 and err == ""
+    texts = (out / "samples.txt").read_text("utf-8").removesuffix("\n").split("\n<|endoftext|>\n")
+    assert len(texts) == 3 and all(text.startswith("the cat") for text in texts)
+    assert all(text in said for text in texts)
+    assert common.MASK_GLYPH in said and (out / "trace.png").stat().st_size > 1000
+
+    def drawn(*argv):
+        assert cli(script, "sample", "--out", out, "--n", 2, *argv)[0] == 0
+        return (out / "samples.txt").read_bytes()
+    assert drawn("--temperature", 0) == drawn("--top-k", 1) != drawn()
+    assert drawn() == drawn() != drawn("--seed", 3)
+
+
+def test_sampling_steps_sets_the_number_of_network_calls(home, cli):
+    _, said, _ = cli(mdlm, "sample", "--out", home / "mdlm", "--sampling-steps", 4, "--trace")
+    assert re.findall(r"^ +(\d+)  ", said, re.M) == ["0", "1", "2", "3", "4"]
+
+
+@both
+def test_eval_logs_and_prints_the_test_likelihood(script, home, cli, tmp_path):
+    out = shutil.copytree(home / script.NAME, tmp_path / "run")
+    code, said, err = cli(script, "eval", "--out", out)
+    assert code == 0 and err == ""
+    *_, test, samples = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    assert (test["kind"], test["bound"], samples["kind"]) == ("test", script.BOUND, "samples")
+    sign = "=" if script is ar else "<="
+    assert f"test, {test['rows']} rows: {sign} {test['nats_per_token']:.3f} nats/token" in said
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
+def test_train_and_sample_as_real_processes_and_a_reader_that_closes_early(home, tmp_path):
+    def start(*argv):
+        return subprocess.Popen([sys.executable, ROOT / "mdlm.py", *map(str, argv)], cwd=tmp_path,
+                                env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONIOENCODING="ascii"),
+                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    training = start("--data", home / "small.txt", *TINY, "--n-embd", "48")
+    out, err = training.communicate(timeout=600)
+    assert training.returncode == 0 and "Traceback" not in err, err
+    assert "step     4  <= " in out and (tmp_path / "out/mdlm/state.pt").exists()
+    sampling = start("sample", "--n", "3000", "--sampling-steps", "1")  # more than a pipe holds
+    assert sampling.stdout.readline()
+    sampling.stdout.close()  # as head does
+    assert sampling.stderr.read() == "" and sampling.wait(timeout=600) != 0
+    wrong = start("--steps", "abc")
+    out, err = wrong.communicate(timeout=600)
+    assert one_sentence(wrong.returncode, err) and out == ""
+
+
+# ---- mistakes ------------------------------------------------------------------------------------
+
+@both
+@pytest.mark.parametrize("line, sentence", [
+    ("--no-such-flag", "Unrecognized options: --no-such-flag"),
+    ("--bach-size 3", "Perhaps you meant: --batch-size"),
+    ("frobnicate", "unknown command 'frobnicate': choose train, sample or eval"),
+    ("--steps abc", "Error parsing --steps: invalid literal"),
+    ("--steps", "Missing value for argument '--steps'"),
+    ("--preset huge", "unknown preset 'huge': choose one of tiny, small, medium"),
+    ("--batch-size 0", "--batch-size is 0, it must be at least 1"),
+    ("--lr nan", "--lr is nan, it must be at least 0"),
+    ("--batch-size 0 --seq-len 1 --dtype half --n-embd 30 --top-p 2 --ema 1 --rows x --log y",
+     "--seq-len is 1, it must be at least 2; --batch-size is 0, it must be at least 1"),
+    ("--device tpu", "unknown device 'tpu': choose auto, cpu, cuda or mps"),
+    ("--tokenizer words", "unknown tokenizer 'words': choose bpe, gpt2, byte or hf:NAME"),
+    ("--vocab-size 300 --tokenizer byte", "--vocab-size 300 does not suit the tokenizer byte"),
+    ("--data no-such-file.txt", "neither a file or folder nor one of the names tales"),
+    ("--data {empty}", "is empty: give a source that has text"),
+    ("--data {latin}", "is not UTF-8 at byte 1: convert it"),
+    ("--data {short}", "tokens, fewer than --seq-len 32: use a smaller --seq-len or more text"),
+    ("--data {short} --seq-len 8", "the val split has 6 tokens, fewer than --seq-len"),
+], ids=lambda text: text[:24])
+def test_a_mistake_is_one_sentence_exit_code_2_and_no_folder(script, line, sentence, home, cli,
+                                                             tmp_path):
+    files = {name: tmp_path / f"{name}.txt" for name in ("empty", "latin", "short")}
+    files["empty"].write_text("")
+    files["latin"].write_bytes("d\u00e9j\u00e0 vu. ".encode("latin1") * 50)
+    files["short"].write_text("<|endoftext|>".join(["one two", "three four", "five six", "seven"]))
+    line = line.format(**files).split()
+    out = tmp_path / "run"
+    argv = line if line[0] == "frobnicate" else ["--data", home / "small.txt", *TINY, *line]
+    code, _, err = cli(script, *argv, *([] if line == ["--steps"] else ["--out", out]))
+    said = one_sentence(code, err)
+    assert not out.exists()
+    for part in sentence.split("; "):
+        assert part in said
+
+
+def test_several_bad_values_are_listed_together(cli):
+    _, _, err = cli(ar, *"--batch-size 0 --seq-len 1 --dtype half --n-embd 30 --top-p 2 --ema 1 "
+                    "--rows x --log y --top-k -1".split())
+    assert err.count("; ") == 8
+
+
+@pytest.mark.parametrize("name, sentence", [
+    ("loglinear", "what papers call loglinear has mask rate t: linear here"),
+    ("sigmoid", "unknown schedule 'sigmoid': choose linear, cosine, log-linear, maskgit or powerK"),
+    ("power0", "unknown schedule 'power0'")])
+def test_an_unknown_schedule_is_refused_before_anything_starts(name, sentence, home, cli, tmp_path):
+    code, out, err = cli(mdlm, "--data", home / "small.txt", *TINY, "--schedule", name, "--out",
+                         tmp_path / "run")
+    assert sentence in one_sentence(code, err)
+    assert out == "" and not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=sentence):
+        mdlm.Config(schedule=name)
+
+
+@both
+def test_an_out_folder_that_cannot_be_written_is_refused(script, home, cli, tmp_path, monkeypatch):
+    train = "--data", home / "small.txt", *TINY, "--out"
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        code, _, err = cli(script, *train, out)
+        assert f"cannot write to {out} (" in one_sentence(code, err)
+    assert (tmp_path / "file").read_text() == "mine"
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(Path, "touch", refuse)
+    code, _, err = cli(script, *train, tmp_path / "locked")
+    assert "locked (Permission denied): choose another folder" in one_sentence(code, err)
+
+
+@both
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has cuda")
+def test_cuda_on_a_machine_without_it_is_refused(script, home, cli, tmp_path):
+    code, _, err = cli(script, "--data", home / "small.txt", *TINY, "--device", "cuda", "--out",
+                       tmp_path / "run")
+    assert "no cuda device here: use --device cpu or auto" in one_sentence(code, err)
+    assert not (tmp_path / "run").exists()
+
+
+@both
+@pytest.mark.parametrize("command", ["sample", "eval", "--resume"])
+def test_without_a_checkpoint_the_sentence_says_to_train_first(script, command, cli, tmp_path):
+    code, _, err = cli(script, command, "--out", tmp_path / "none")
+    assert f"no checkpoint in {tmp_path / 'none'}: train first" in one_sentence(code, err)
+    assert not (tmp_path / "none").exists()
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def edit(**changes):
+    def change(path):
+        made = json.loads(path.read_text())
+        made["config"].update(changes)
+        path.write_text(json.dumps(made))
+    return change
+
+
+@both
+@pytest.mark.parametrize("file, damage, command, sentence", [
+    ("model.safetensors", halve, "sample", "it is broken or was trained with other flags"),
+    ("model.safetensors", Path.unlink, "eval", "model.safetensors is missing: train first"),
+    ("state.pt", halve, "--resume", "it is broken or was trained with other flags"),
+    ("state.pt", lambda p: p.write_bytes(b"\x80\x04nonsense"), "--resume", "it is broken or was"),
+    ("state.pt", Path.unlink, "--resume", "leave it out to start a new run"),
+    ("config.json", halve, "sample", "is not a configuration of this script"),
+    ("config.json", halve, "--resume", "is not a configuration of this script"),
+    ("config.json", lambda p: p.write_text("[]"), "eval", "is not a configuration of this script"),
+    ("config.json", lambda p: p.write_text('{"config": {}}'), "--resume", "is not a configuration"),
+    ("config.json", edit(n_layer="one"), "sample", "is not a configuration of this script"),
+    ("config.json", edit(unheard_of=1), "sample", "is not a configuration of this script"),
+    ("config.json", edit(n_layer=2), "sample", "it is broken or was trained with other flags"),
+    ("config.json", edit(n_layer=2), "--resume", "it is broken or was trained with other flags"),
+], ids=lambda x: x if isinstance(x, str) and len(x) < 20 else "")
+def test_a_damaged_checkpoint_is_named_and_left_as_it_is(script, file, damage, command, sentence,
+                                                         home, cli, tmp_path):
+    out = shutil.copytree(home / script.NAME, tmp_path / "run")
+    damage(out / file)
+    before = contents(out)
+    code, _, err = cli(script, command, "--out", out)
+    said = one_sentence(code, err)
+    assert sentence in said and str(out / file if "n_layer" not in said else out) in said
+    assert contents(out) == before
+
+
+@both
+@pytest.mark.parametrize("line, sentence", [
+    ("sample --prompt " + "x" * 40, "the prompt has 40 tokens but a row has room for 31"),
+    ("sample --n-layer 2", "was made with other settings: --n-layer 2 (stored: 1)"),
+    ("eval --seq-len 16", "was made with other settings: --seq-len 16 (stored: 32)"),
+    ("--resume --n-embd 64 --rows docs",
+     "was made with other settings: --n-embd 64 (stored: 32), --rows docs (stored: stream)"),
+    ("--resume --preset small", "--preset small is for a new run; this one has tiny"),
+    ("eval --tokenizer bpe --vocab-size 257", "was trained with another tokenizer"),
+    ("--resume --tokenizer bpe --vocab-size 257", "was trained with another tokenizer"),
+], ids=lambda text: text[:24])
+def test_a_checkpoint_of_other_settings_is_refused(script, line, sentence, home, cli, tmp_path):
+    out = shutil.copytree(home / script.NAME, tmp_path / "run")
+    before = contents(out)
+    code, _, err = cli(script, *line.split(), "--out", out)
+    assert sentence in one_sentence(code, err)
+    assert contents(out) == before
+
+
+@both
+@pytest.mark.parametrize("command", ["sample", "eval", "--resume"])
+def test_a_checkpoint_of_another_script_is_refused(script, command, home, cli):
+    other = home / (mdlm if script is ar else ar).NAME
+    before = contents(other)
+    code, _, err = cli(script, command, "--out", other)
+    assert "was it written by another method" in one_sentence(code, err)
+    assert contents(other) == before
+
+
+def test_a_checkpoint_that_knew_its_noise_otherwise_is_refused(home, cli, tmp_path):
+    out = shutil.copytree(home / "mdlm", tmp_path / "run")
+    before = contents(out)
+    for command in ("sample", "--resume"):
+        code, _, err = cli(mdlm, command, "--cond", "add", "--out", out)
+        assert "it is broken or was trained with other flags" in one_sentence(code, err)
+    assert contents(out) == before
+
+
+@both
+def test_a_truncated_data_file_is_named(script, home, cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("TEXT_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    folder = prepare.prepare(str(home / "small.txt"), "byte", quiet=True)
+    halve(folder / "train.bin")
+    code, _, err = cli(script, "--data", home / "small.txt", *TINY, "--out", tmp_path / "run")
+    assert f"{folder / 'train.bin'} is missing or damaged: delete" in one_sentence(code, err)
+    assert not (tmp_path / "run").exists()
+
+
+# ---- what is written down ------------------------------------------------------------------------
+
+def written_down():
+    """Every command in a README code block or in a docstring's indented lines."""
+    lines = []
+    readme = ROOT / "README.md"
+    if readme.exists():
+        blocks = re.findall(r"```(?:sh|bash|shell)\n(.*?)```", readme.read_text("utf-8"), re.S)
+        lines += [re.split(r"\s+#", line)[0] for line in "".join(blocks).splitlines()]
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("results/*.py")]:
+        doc = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+        lines += [re.split(r"\s{2,}", line.strip())[0] for line in doc.splitlines()
+                  if line.startswith("    ")]
+    commands = [part.strip() for line in lines for part in line.split("&&")]
+    return sorted({c for c in commands if re.match("python|torchrun|pip", c)})
+
+
+class Enough(Exception):
+    """The command line was understood."""
+
+
+def stop(*_, **__):
+    raise Enough
+
+
+@pytest.mark.parametrize("command", written_down())
+def test_every_command_that_is_written_down_is_understood(command, monkeypatch, tmp_path):
+    words = shlex.split(command)
+    if words[0] == "torchrun":
+        assert words[1] == "--nproc-per-node"
+        words[:3] = ["python"]
+    if words[0] == "pip" or words[1] == "-m":
+        assert command in ("pip install -r requirements.txt", "python -m pytest"), command
+        assert (ROOT / "requirements.txt").exists() and (ROOT / "pytest.ini").exists()
+        return
+    path, argv = words[1], words[2:]
+    assert (ROOT / path).exists()
+    monkeypatch.setattr(sys, "argv", [path, *argv])
+    if path in [f"{script.NAME}.py" for script in SCRIPTS]:
+        script = next(script for script in SCRIPTS if path == f"{script.NAME}.py")
+        monkeypatch.setattr(script, "train", stop)
+        monkeypatch.setattr(common, "Run", stop)
+        monkeypatch.setattr(common, "load_config", lambda Config, out: Config())
+        with pytest.raises(Enough):
+            script.main(argv)
+    elif path == "data/prepare.py":
+        usage = {"NAME|PATH": "tales", "NAME": "tales", "T": "byte", "N": "300", "DIR": "cache"}
+        argv = [usage.get(word.strip("[]"), word.strip("[]")) for word in argv]
+        monkeypatch.setattr(sys, "argv", [path, *argv])
+        monkeypatch.setattr(prepare, "prepare", stop)
+        with pytest.raises(Enough):
+            prepare.main()
+    elif path == "data/tales.py":
+        usage = {"FILE": str(ROOT / "README.md")}
+        argv = [usage.get(word.strip("[]"), word.strip("[]")) for word in argv]
+        for name in ("stories", "entropy", "Tales"):
+            monkeypatch.setattr(tales, name, stop)
+        with pytest.raises(Enough):
+            tales.main(argv)
+    else:
+        assert path == "results/collect.py" and len(argv) == 2, f"nobody checks {command}"
+
+
+def test_there_are_commands_to_check():
+    found = written_down()
+    assert all(any(name in c for c in found) for name in ("ar.py", "mdlm.py", "data/prepare.py"))

@@ -1,0 +1,375 @@
+"""What ar.py and mdlm.py have in common, tested in both: attention, filters, categorical draws,
+micro-batches, learning, and that sections 3-5 run alone."""
+import itertools
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import ar
+import mdlm
+from tables import chi_square, generator
+
+BOTH = pytest.mark.parametrize("script", [ar, mdlm], ids=["ar", "mdlm"])
+
+
+def config(script, **changes):
+    return script.Config(**(dict(vocab_size=11, seq_len=8, n_layer=2, n_head=2, n_embd=16,
+                                 rows="stream", eos=0, bos=0, lr=1e-2) | changes))
+
+
+def network(script, cfg, shake=0.3, seed=0):
+    torch.manual_seed(seed)
+    model, g = script.Model(cfg), generator(seed)
+    for p in model.parameters():
+        p.data += shake * torch.randn(p.shape, generator=g)
+    return model
+
+
+def fit(script, model, cfg, batch, steps, g):
+    """Train as the script does: its loss, its optimizers, its learning rate."""
+    optimizers, cfg.steps = script.make_optimizers(model, cfg), steps
+    for step in range(steps):
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+            group["lr"] = script.get_lr(step, cfg)
+        script.loss_fn(model, batch(), cfg, g)[0].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return model
+
+
+# ---- attention
+
+
+@BOTH
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("Tq, Tk, causal", [(7, 7, False), (7, 7, True), (1, 7, True), (3, 7, True),
+                                            (3, 7, False), (1, 1, True)])
+def test_attend_is_softmax_attention(script, dtype, atol, Tq, Tk, causal):
+    """Against PyTorch's own; with fewer queries than keys the queries are the last positions."""
+    g = generator(Tq)
+    q, k, v = (torch.randn(2, 3, T, 8, generator=g).to(dtype) for T in (Tq, Tk, Tk))
+    seen = torch.ones(Tk, Tk).tril()[-Tq:].bool() if causal else None
+    want = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), seen)
+    got = script.attend(q, k, v, causal)
+    assert got.dtype == dtype and torch.allclose(got.float(), want, atol=atol)
+
+
+@BOTH
+def test_rotary_scores_depend_on_relative_positions_only(script):
+    """A shift of all positions changes no inner product and no length."""
+    g = generator(0)
+    q, k = torch.randn(2, 1, 1, 5, 16, generator=g)
+    scores = []
+    for start in (0, 3, 40):
+        rope = script.rotary(torch.arange(start, start + 5), 16)
+        a, b = script.rotate(q, rope), script.rotate(k, rope)
+        scores.append(a @ b.transpose(2, 3))
+        assert torch.allclose(a.norm(dim=3), q.norm(dim=3), atol=1e-5)
+    assert torch.allclose(scores[0], scores[1], atol=1e-4)
+    assert torch.allclose(scores[0], scores[2], atol=1e-4)
+    moved = script.rotate(q, script.rotary(torch.arange(5) * 2, 16))
+    assert (moved @ b.transpose(2, 3) - scores[2]).abs().max() > 0.1
+    same = script.rotate(q[:, :, :1], script.rotary(torch.zeros(1), 16))
+    assert torch.equal(same, q[:, :, :1])  # position 0 is not turned
+
+
+@BOTH
+def test_the_network_knows_the_order_of_its_input(script):
+    """Rotary positions are all there is: exchanging two visible tokens changes the logits."""
+    cfg = config(script)
+    model, x = network(script, cfg), torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]])
+    y = x[:, [1, 0, 2, 3, 4, 5, 6, 7]]
+    extra = (torch.ones(1),) if script is mdlm else ()
+    assert (model(x, *extra)[:, -1] - model(y, *extra)[:, -1]).abs().max() > 1e-3
+
+
+# ---- filters
+
+
+def brute_force_filter(logits, temperature, top_k, top_p):
+    """One row: the set of kept tokens and their probabilities, without sorting tricks."""
+    z = [v / temperature for v in logits]
+    keep = set(range(len(z)))
+    if 0 < top_k < len(z):
+        keep = {v for v in keep if sum(other > z[v] for other in z) < top_k}  # ties stay
+    total = sum(math.exp(z[v]) for v in keep)
+    if top_p < 1:
+        mass, chosen = 0.0, set()
+        for v in sorted(keep, key=lambda v: -z[v]):
+            if mass >= top_p and chosen:
+                break
+            chosen.add(v)
+            mass += math.exp(z[v]) / total
+        keep = chosen
+    total = sum(math.exp(z[v]) for v in keep)
+    return [math.exp(z[v]) / total if v in keep else 0.0 for v in range(len(z))]
+
+
+@BOTH
+@pytest.mark.parametrize("temperature, top_k, top_p", itertools.product(
+    (1.0, 0.7, 2.0), (0, 1, 3, 9, 50), (1.0, 0.9, 0.5, 0.05, 0.0)))
+def test_filters_equal_brute_force(script, temperature, top_k, top_p):
+    """Temperature first, then top-k, then top-p over what is left."""
+    cfg = SimpleNamespace(temperature=temperature, top_k=top_k, top_p=top_p)
+    logits = torch.randn(40, 9, generator=generator(0), dtype=torch.float64).float() * 2
+    got = script.filter_logits(logits, cfg).softmax(1)
+    want = torch.tensor([brute_force_filter(row, temperature, top_k, top_p)
+                         for row in logits.tolist()])
+    assert torch.allclose(got, want, atol=1e-5)
+
+
+@BOTH
+def test_filters_at_their_edges(script):
+    """Ties at the k-th place stay; top-p below the largest probability keeps one token, a sum that
+    is reached stops; temperature 0 is the argmax; the order of the three matters; bfloat16 in,
+    float32 out."""
+    def kept(logits, temperature=1.0, top_k=0, top_p=1.0):
+        cfg = SimpleNamespace(temperature=temperature, top_k=top_k, top_p=top_p)
+        out = script.filter_logits(torch.tensor([logits]), cfg)
+        assert out.dtype == torch.float32 and not out.isnan().any()
+        return (out[0] > -torch.inf).nonzero()[:, 0].tolist()
+
+    assert kept([1.0, 3.0, 1.0, 0.0, 1.0], top_k=2) == [0, 1, 2, 4]
+    log_p = np.log([0.5, 0.25, 0.125, 0.125]).tolist()
+    assert kept(log_p, top_p=0.4) == kept(log_p, top_p=0.5) == kept(log_p, top_p=0.0) == [0]
+    assert kept(log_p, top_p=0.51) == kept(log_p, top_p=0.75) == [0, 1]
+    assert kept(log_p, top_k=2, top_p=0.7) == [0, 1]  # 0.5 is 2/3 of what top-k left
+    assert kept(log_p, top_k=2, top_p=0.6) == [0]
+    assert kept(log_p, temperature=0.5, top_p=0.7) == [0]  # p^2: 0.5 becomes 0.73
+    assert kept(log_p, temperature=4.0, top_p=0.5) == [0, 1]
+    assert kept([1.0, 5.0, 5.0, 2.0], temperature=0) == [1]
+    cfg = SimpleNamespace(temperature=0.8, top_k=2, top_p=0.9)
+    assert script.filter_logits(torch.randn(2, 5).bfloat16(), cfg).dtype == torch.float32
+
+
+# ---- categorical draws
+
+
+def zipf(V):
+    p = 1 / torch.arange(1, V + 1, dtype=torch.float64)
+    return p / p.sum()
+
+
+def tail_bins(draws, p, edges=(0, 1, 3, 10, 30, 100, 300, 1000, 1500, 2000, 2700, 3500, 4200)):
+    """Counts and probabilities of groups of ranks, most of them far out in the tail."""
+    edge = torch.tensor(edges[1:])
+    group = torch.bucketize(torch.arange(len(p)), edge, right=True)
+    return (group[draws].bincount(minlength=len(edges)),
+            torch.zeros(len(edges), dtype=torch.float64).index_add(0, group, p))
+
+
+def one_stage(p, r, trials, g, bits=24):
+    """Museum piece: one argmax of q / E over the tokens, q = r p, and the mask, q = 1 - r, with
+    E = -log U and U on the grid of float32's torch.rand, 2^-24. Returns the tokens that won. Only
+    E below 2^-10 is drawn: larger values never beat the mask here."""
+    near = 2 ** (bits - 10)
+    hits = int(np.random.default_rng(0).binomial(trials * len(p), near / 2 ** bits))
+    trial, token = (torch.randint(many, (hits,), generator=g) for many in (trials, len(p)))
+    U = 1 - torch.randint(1, near + 1, (hits,), generator=g) / 2 ** bits
+    assert U.dtype == torch.float32
+    score = (r * p).float()[token] / -torch.log(U)
+    mask = (1 - r) / -torch.log1p(-torch.rand(trials, generator=g))
+    best = mask.scatter_reduce(0, trial, score, "amax")
+    return token[score == best[trial]]
+
+
+@BOTH
+def test_categorical_draws_the_tail_as_often_as_it_should(script):
+    """Chi-square over a Zipf law of 5000 ids. The reveal probability never enters: it is two
+    stages."""
+    p, g = zipf(5000), generator(1)
+    draws = torch.cat([script.categorical(p.log().float().expand(500, 5000), g) for _ in range(16)])
+    assert chi_square(*tail_bins(draws, p)) > 1e-3
+
+
+def test_the_float32_one_stage_sampler_loses_the_tail():
+    """The same check refuses it at a reveal probability of 1/1000, as in 1000 steps; its law is
+    p kappa(p), kappa = c / (e^c - 1), c = 1 / (p r 2^24)."""
+    p, r = zipf(5000), 1e-3
+    counts, law = tail_bins(one_stage(p, r, 2_000_000, generator(1)), p)
+    assert counts.sum() > 1000 and chi_square(counts, law) < 1e-6
+    c = 1 / (p * r * 2 ** 24)
+    kappa = c / torch.expm1(c)
+    _, law = tail_bins(counts, p * kappa / (p * kappa).sum())
+    assert chi_square(counts, law) > 1e-3
+
+
+@pytest.mark.parametrize("c", [0.25, 1.0, 2.0])
+def test_the_closed_form_of_the_lost_tail_matches_a_coarse_grid(c):
+    """One token, noise on a grid of 2^-16: it wins r kappa of the time; on a fine grid, r."""
+    r, trials = 1 / (c * 2 ** 16), 4_000_000
+    for bits, kappa in ((16, c / math.expm1(c)), (24, 1.0)):
+        won = len(one_stage(torch.ones(1), r, trials, generator(2), bits)) / trials
+        assert abs(won / (r * kappa) - 1) < 5 / math.sqrt(trials * r * kappa) + 1e-2
+
+
+@BOTH
+def test_categorical_never_draws_what_a_filter_has_cut(script):
+    logits = torch.full((1000, 6), -torch.inf)
+    logits[:, [1, 4]] = torch.tensor([0.0, 1.0])
+    draws = script.categorical(logits, generator(0))
+    assert draws.shape == (1000,) and set(draws.tolist()) == {1, 4}
+    assert chi_square(draws.bincount(minlength=6), torch.tensor([0, 1, 0, 0, math.e, 0])
+                      / (1 + math.e)) > 1e-3
+    assert torch.equal(draws, script.categorical(logits, generator(0)))
+
+
+# ---- micro-batches
+
+
+@pytest.mark.parametrize("script, changes", [
+    (ar, dict(rows="docs")), (ar, dict(rows="stream")),
+    *((mdlm, dict(loss=loss, exact_count=exact, schedule=schedule, cond=cond))
+      for loss, exact, schedule, cond in itertools.product(
+          ("ce_seq", "ce_batch", "nelbo"), (True, False), ("linear", "cosine"), ("none", "add")))])
+def test_equal_shares_of_a_batch_average_to_its_loss_and_gradient(script, changes):
+    """The noise is drawn for the whole batch, the weights count the whole batch."""
+    cfg = config(script, **changes)
+    model = network(script, cfg)
+    x0 = torch.randint(11, (12, 8), generator=generator(3))
+    x0[::3, 2:] = 0  # rows of different lengths
+
+    def run(slices):
+        model.zero_grad()
+        losses = []
+        for rows in slices:
+            loss, _ = script.loss_fn(model, x0, cfg, generator(4), rows)
+            (loss / len(slices)).backward()
+            losses.append(loss.item())
+        return sum(losses) / len(losses), [p.grad.clone() for p in model.parameters()
+                                           if p.grad is not None]
+
+    whole, gradients = run([slice(None)])
+    for size in (6, 4, 1):
+        loss, parts = run([slice(i, i + size) for i in range(0, 12, size)])
+        assert loss == pytest.approx(whole, rel=1e-5)
+        for a, b in zip(gradients, parts):
+            assert torch.allclose(a, b, atol=1e-5 * max(1.0, a.abs().max().item()))
+
+
+@BOTH
+def test_rows_with_everything_or_nothing_masked_give_finite_gradients(script):
+    """Also a document that is empty, and in bfloat16."""
+    x0 = torch.randint(11, (6, 8), generator=generator(1))
+    x0[0] = 0
+    for changes in ([dict(rows="docs"), dict(rows="stream")] if script is ar else
+                    [dict(loss=loss, exact_count=False) for loss in ("ce_seq", "ce_batch", "nelbo")]):
+        cfg = config(script, **changes)
+        model = network(script, cfg)
+        for seed in range(8):  # with Bernoulli masks and eight tokens, some rows are untouched
+            with torch.autocast("cpu", torch.bfloat16, enabled=seed % 2 == 1):
+                loss, _ = script.loss_fn(model, x0, cfg, generator(seed))
+            loss.backward()
+            assert loss.isfinite()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@BOTH
+def test_bfloat16_autocast_stays_close_to_float32(script):
+    """Loss, likelihood and logits; the loss itself is float32."""
+    cfg = config(script)
+    model, x0 = network(script, cfg), torch.randint(11, (64, 8), generator=generator(1))
+    values = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss, _ = script.loss_fn(model, x0, cfg, generator(2))
+            nats, _ = script.nelbo(model, x0, cfg, generator(3))
+        assert loss.dtype == torch.float32 and nats.dtype == torch.float64
+        values.append((loss.item(), nats.mean().item()))
+    assert values[1] == pytest.approx(values[0], rel=1e-2) and values[0] != values[1]
+
+
+# ---- learning
+
+
+def sticky_rows(n, T, g, stay=0.9):
+    """Two states, each kept with probability 0.9; and the entropy of a row in nats."""
+    change = torch.rand(n, T, generator=g) < 1 - stay
+    change[:, 0] = torch.rand(n, generator=g) < 0.5
+    entropy = math.log(2) - (T - 1) * (stay * math.log(stay) + (1 - stay) * math.log(1 - stay))
+    return change.cumsum(1) % 2, entropy
+
+
+@BOTH
+def test_it_learns_a_two_state_language_to_its_entropy(script):
+    """(E1) nll, (E3) nelbo: within 0.05 nats per token of the entropy, and not below it."""
+    g, T = generator(1), 8
+    cfg = config(script, vocab_size=3, bos=2, n_embd=32, lr=4e-3, warmup=20)
+    torch.manual_seed(0)
+    model = script.Model(cfg)
+    fit(script, model, cfg, lambda: sticky_rows(64, T, g)[0], 250, g)
+    x0, entropy = sticky_rows(4000, T, generator(2))
+    nats = script.nelbo(model, x0, cfg, generator(3))[0]
+    gap, se = (nats.mean().item() - entropy) / T, nats.std().item() / T / 4000 ** 0.5
+    assert -4 * se < gap < 0.05
+    x, _ = script.sample(model, cfg, 4000, generator(4))  # samples change state as often
+    assert (x.diff(dim=1) != 0).float().mean().item() == pytest.approx(0.1, abs=0.03)
+
+
+@BOTH
+def test_it_learns_rows_by_heart(script):
+    """Eight rows that count in a circle: the first token costs ln 8, the seven others nothing."""
+    rows = (torch.arange(8)[:, None] + torch.arange(8)) % 8
+    cfg = config(script, n_embd=32, warmup=10, bos=8)
+    torch.manual_seed(0)
+    model, g = script.Model(cfg), generator(1)
+    fit(script, model, cfg, lambda: rows.repeat(4, 1), 150, g)
+    nats = script.nelbo(model, rows.repeat(50, 1), cfg, generator(2))[0].mean().item()
+    assert nats == pytest.approx(math.log(8), abs=0.2)
+    x, _ = script.sample(model, cfg, 200, generator(3))
+    assert (x[:, None] == rows).all(2).any(1).float().mean() > 0.9
+
+
+@BOTH
+def test_the_same_seeds_train_to_the_same_bits(script):
+    def train(seed):
+        cfg = config(script)
+        torch.manual_seed(seed)
+        model, g = script.Model(cfg), generator(seed)
+        batch = lambda: torch.randint(11, (16, 8), generator=g)  # noqa: E731
+        return torch.cat([p.detach().flatten() for p in fit(script, model, cfg, batch, 4, g)
+                         .parameters()])
+
+    assert torch.equal(train(1), train(1)) and not torch.equal(train(1), train(2))
+
+
+# ---- made to be copied
+
+
+@BOTH
+def test_sections_3_to_5_run_alone_with_nothing_but_torch(script):
+    """Cut out by their banners and executed in an empty namespace, they train and sample."""
+    lines = Path(script.__file__).read_text().splitlines()
+    first, last = lines.index("# 3. model"), lines.index("# 6. train")
+    code = "\n".join(lines[first:last - 1])
+    assert "# 4. corrupt and loss" in code and "# 5. sample" in code and "import" not in code
+    names = dict(math=math, torch=torch, nn=nn, F=F, SimpleNamespace=SimpleNamespace)
+    exec(compile(code, "sections 3-5", "exec"), names)
+    cfg = SimpleNamespace(
+        vocab_size=13, seq_len=6, n_layer=1, n_head=2, n_embd=16, rows="stream", eos=0, bos=0,
+        temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,  # ar: sampling
+        schedule="linear", loss="ce_seq", t_sampler="systematic", exact_count=True, cond="none",
+        order="random", quota="even", sampling_steps=0)  # mdlm
+    torch.manual_seed(0)
+    model, g = names["Model"](cfg), generator(0)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    x0 = torch.randint(13, (8, 6), generator=g)
+    losses = []
+    for _ in range(10):
+        loss, _ = names["loss_fn"](model, x0, cfg, g)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(13), abs=1e-5) and losses[-1] < losses[0] - 0.2
+    assert names["nelbo"](model, x0, cfg, g)[0].shape == (8,)
+    x, info = names["sample"](model, cfg, 5, g)
+    assert x.shape == (5, 6) and x.max() < 13 and info["nfe"] == 6

@@ -1,0 +1,575 @@
+"""data/prepare.py: tokenizers, documents, splits, files, and every way it can go wrong."""
+import hashlib
+import json
+import os
+import random
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from common import UserError
+from data import prepare as P
+
+SHARED = Path(os.environ.get("TEXT_DIFFUSION_DATA") or ROOT.parent / "shared" / "data")
+needs_shared = pytest.mark.skipif(not (SHARED / "gpt2_merges.txt").exists(),
+                                  reason="needs real text: set TEXT_DIFFUSION_DATA")
+SCRIPT = str(ROOT / "data" / "prepare.py")
+UNICODE = ["Héllo, wörld! It's 3:45pm -- naïve café.", "日本語 русский हिन्दी العربية",
+           "👩\u200d👩\u200d👧 🏳\ufe0f\u200d🌈\t\n\n  x ", "\x00\x7f\u200b\ufeff a\r\nb",
+           "<|endoftext|> [SEP] </s>", " ", "\n\n", "a" * 3000]
+WORDS = "the a cat dog sat ran on under mat hill and then saw big small red blue it was".split()
+
+
+def sentence(seed, n=12):
+    rng = random.Random(seed)
+    return f"Story {seed}: " + " ".join(rng.choice(WORDS) for _ in range(n)) + "."
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    """A .txt of 1500 marked documents, some of them twice."""
+    path = tmp_path_factory.mktemp("text") / "stories.txt"
+    docs = [sentence(i if i % 5 else i // 10) for i in range(1500)]
+    path.write_text("\n<|endoftext|>\n".join(docs))
+    return path, docs
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+def texts(folder, split):
+    tokens, offsets, _ = P.open_split(folder, split)
+    tok = P.load_tokenizer(folder)
+    assert offsets[0] == 0 and offsets[-1] == len(tokens) and offsets.dtype == np.int64
+    docs = [tokens[a:b] for a, b in zip(offsets, offsets[1:])]
+    assert all(doc[-1] == tok.eos and tok.eos not in doc[:-1] for doc in docs)
+    return [tok.decode(doc) for doc in docs]
+
+
+def leftovers(cache):
+    """What a failed or running preparation has left: everything visible, and temporary folders."""
+    return [p.name for p in Path(cache).glob("*") if p.name != ".locks"] if cache.is_dir() else []
+
+
+def command(capsys, *args):
+    """The script in this process, as `python data/prepare.py ARGS`: exit code, stdout, stderr."""
+    argv, sys.argv = sys.argv, [SCRIPT, *map(str, args)]
+    try:
+        runpy.run_path(SCRIPT, run_name="__main__")
+        code = 0
+    except SystemExit as e:
+        code = e.code
+    finally:
+        sys.argv = argv
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def start(*args, **env):
+    return subprocess.Popen([sys.executable, SCRIPT, *map(str, args)], text=True, cwd="/",
+                            env={**os.environ, **env}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+# ---- tokenizers --------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def gpt2_cache(tmp_path_factory):
+    """tiktoken's cache, filled from the shared vocabulary; tiktoken itself checks their sha256."""
+    folder = tmp_path_factory.mktemp("tiktoken")
+    files = {"vocab.bpe": b"#version: 0.2\n" + (SHARED / "gpt2_merges.txt").read_bytes(),
+             "encoder.json": (SHARED / "gpt2_vocab.json").read_bytes()}
+    for name, data in files.items():
+        (folder / hashlib.sha1((P.GPT2_URL + name).encode()).hexdigest()).write_bytes(data)
+    return folder
+
+
+@pytest.fixture
+def gpt2(gpt2_cache, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(gpt2_cache))
+    return lambda n=0: P.get_tokenizer("gpt2", n)
+
+
+def bert_like(folder):
+    """A small WordPiece tokenizer with [CLS], [SEP], [PAD], as bert-base-uncased has them."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    letters = [chr(c) for c in range(33, 127)]
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + c for c in letters)]
+    tok = Tokenizer(models.WordPiece({t: i for i, t in enumerate(vocab)}, unk_token="[UNK]",
+                                     max_input_chars_per_word=10_000))
+    tok.normalizer, tok.decoder = normalizers.BertNormalizer(), decoders.WordPiece()
+    tok.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tok.add_special_tokens(vocab[:5])
+    tok.enable_truncation(4)
+    tok.enable_padding(length=4)
+    tok.save(str(folder / "tokenizer.json"))
+    return f"hf:{folder}"
+
+
+def round_trip(tok):
+    for text in UNICODE:
+        ids = tok.encode(text)
+        assert all(0 <= i < tok.vocab_size for i in ids) and not {tok.eos, tok.bos} & set(ids)
+        assert tok.decode(ids) == text
+        assert tok.decode([tok.bos, *ids, tok.eos, tok.pad, tok.pad]) == text
+        assert tok.decode(np.array([*ids, tok.eos], np.uint16)) == text
+    assert tok.encode_batch(UNICODE) == [tok.encode(text) for text in UNICODE]
+    assert tok.eos == tok.bos == tok.vocab_size - 1 and tok.pad == tok.vocab_size
+    assert tok.decode(range(tok.vocab_size)) is not None     # lone bytes do not raise
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+def test_round_trip_and_reload(kind, tmp_path):
+    tok = P.get_tokenizer("byte") if kind == "byte" else P.train_bpe(map(sentence, range(200)), 300)
+    assert tok.vocab_size == (257 if kind == "byte" else 300)
+    round_trip(tok)
+    tok.save(tmp_path)
+    again = P.load_tokenizer(tmp_path)
+    assert again.fingerprint == tok.fingerprint
+    assert again.encode_batch(UNICODE) == tok.encode_batch(UNICODE)
+    other = P.train_bpe((sentence(i)[::-1] for i in range(200)), 300)
+    assert other.fingerprint != tok.fingerprint
+
+
+def test_training_a_bpe_is_deterministic():
+    one, two = (P.train_bpe(map(sentence, range(200)), 400) for _ in range(2))
+    assert one.fingerprint == two.fingerprint
+
+
+@needs_shared
+def test_gpt2_ids_are_those_of_an_independent_implementation(gpt2, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    files = str(SHARED / "gpt2_vocab.json"), str(SHARED / "gpt2_merges.txt")
+    judge = Tokenizer(models.BPE.from_file(*files))
+    judge.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok = gpt2()
+    real = [(SHARED / f"{n}.txt").read_text()[:30_000] for n in ("tinystories", "wikitext2")]
+    assert tok.encode_batch(UNICODE + real) == [judge.encode(t).ids for t in UNICODE + real]
+    assert (tok.vocab_size, tok.eos, tok.pad) == (50257, 50256, 50257)
+    assert tok.encode("Hello world") == [15496, 995]
+    round_trip(tok)
+    tok.save(tmp_path)
+    assert P.load_tokenizer(tmp_path).fingerprint == tok.fingerprint
+
+
+@needs_shared
+def test_gpt2_truncated_is_a_prefix_of_gpt2(gpt2):
+    full, small = gpt2(), gpt2(1000)
+    assert small.vocab_size == 1000 and small.eos == 999
+    text = (SHARED / "tinystories.txt").read_text()[:60_000]
+    words = [" " + w for w in dict.fromkeys(text.split())]
+    same = cut = 0
+    for word, ids, short in zip(words, full.encode_batch(words), small.encode_batch(words)):
+        if max(ids) < 999:
+            same += 1
+            assert short == ids
+        else:
+            cut += 1
+            assert len(short) > len(ids) and small.decode(short) == word
+    assert same > 100 and cut > 100
+    round_trip(small)
+    assert gpt2(257).vocab_size == 257 and len(gpt2(257).encode("hello")) == 5
+    assert small.fingerprint != gpt2(1001).fingerprint
+
+
+def test_hub_tokenizer_from_a_local_file(tmp_path, stories, cache):
+    spec = bert_like(tmp_path)
+    tok = P.get_tokenizer(spec)
+    assert (tok.pad, tok.bos, tok.eos) == (0, 2, 3)
+    ids = tok.encode("The [SEP] cat. " * 9)
+    assert len(ids) > 100 and not {0, 2, 3} & set(ids)   # no truncation, no specials from text
+    assert tok.decode([2, *tok.encode("cat"), 3, 0, 0]) == "cat"
+    folder = P.prepare(stories[0], spec, docs=60, cache=cache, quiet=True)
+    assert texts(folder, "train")[0] == "story 0 : " + sentence(0)[9:-1] + "."
+    (tmp_path / "tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text()
+                                             .replace('"##~"', '"##~~"'))
+    assert P.prepare(stories[0], spec, docs=60, cache=cache, quiet=True) != folder
+
+
+def test_ids_above_65535_are_stored_in_32_bits(tmp_path, stories, cache):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    words = {w for i in range(1500) for w in sentence(i).split()}
+    vocab = {"</s>": 0, "<unk>": 1, **{w: 70_000 + i for i, w in enumerate(sorted(words))}}
+    tok = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tok.save(str(tmp_path / "tokenizer.json"))
+    folder = P.prepare(stories[0], f"hf:{tmp_path}", docs=100, cache=cache, quiet=True)
+    assert P.open_split(folder, "train")[0].dtype == np.uint32
+    assert texts(folder, "val")[0] in stories[1]
+    assert P.open_split(P.prepare(stories[0], "byte", docs=100, cache=cache, quiet=True),
+                        "train")[0].dtype == np.uint16
+
+
+# ---- documents, splits, files ------------------------------------------------------------------
+
+def test_files_hold_every_document_once_and_meta_tells_the_truth(stories, cache):
+    path, docs = stories
+    folder = P.prepare(path, vocab_size=400, cache=cache, quiet=True)
+    meta = json.loads((folder / "meta.json").read_text())
+    found = {split: texts(folder, split) for split in P.SPLITS}
+    assert sorted(sum(found.values(), [])) == sorted(docs)
+    assert found["train"] == [d for d in docs if d in set(found["train"])]   # order is kept
+    for split, n in meta["splits"].items():
+        data = (folder / f"{split}.bin").read_bytes()
+        assert hashlib.sha256(data).hexdigest() == n["sha256"] and len(data) == 2 * n["tokens"]
+        assert n["documents"] == len(found[split])
+        assert n["bytes"] == sum(len(t.encode()) for t in found[split])
+        assert n["longest"] == np.diff(P.open_split(folder, split)[1]).max()
+    tok = P.load_tokenizer(folder)
+    assert meta["fingerprint"] == tok.fingerprint
+    assert (meta["vocab_size"], meta["dtype"]) == (400, "uint16")
+    assert P.open_split(folder, "val")[2] is None
+    assert P.prepare(str(path), "bpe", 400, cache=cache) == folder
+
+
+def test_split_depends_on_the_text_alone(stories, cache, tmp_path):
+    path, docs = stories
+    folder = P.prepare(path, "byte", cache=cache, quiet=True)
+    held = {split: set(texts(folder, split)) for split in P.SPLITS}
+    n = len(set(docs))
+    assert sum(len(h) for h in held.values()) == len(set.union(*held.values())) == n < len(docs)
+    for split in ("val", "test"):   # 2 % of the different documents, 5 sigma
+        assert abs(len(held[split]) - 0.02 * n) < 5 * (0.02 * 0.98 * n) ** 0.5
+    other = tmp_path / "other.txt"
+    shuffled = docs + [sentence(i) for i in range(5000, 5300)]
+    random.Random(0).shuffle(shuffled)
+    other.write_text("<|endoftext|>".join(shuffled))
+    again = P.prepare(other, "byte", cache=cache, quiet=True)
+    for split in P.SPLITS:
+        assert held[split] <= set(texts(again, split))
+
+
+def test_a_small_corpus_has_a_document_in_every_split(tmp_path, cache):
+    path = tmp_path / "few.txt"
+    path.write_text(P.END.join(["one", "two", "three", "one", "one"]))
+    folder = P.prepare(path, "byte", cache=cache, quiet=True)
+    found = [texts(folder, split) for split in P.SPLITS]
+    assert all(found) and sorted(sum(found, [])) == ["one", "one", "one", "three", "two"]
+
+
+def read(path, docs=0):
+    return [text for _, text, _ in P.find_source(str(path), docs).read() if text]
+
+
+def test_txt_documents(tmp_path):
+    marked = tmp_path / "marked.txt"
+    marked.write_bytes(b"\xef\xbb\xbfone\r\n\r\nstill one\r\n<|endoftext|>\r\n\r\ntwo <|endoftext|>"
+                       b"<|endoftext|>three")
+    assert read(marked) == ["one\n\nstill one", "two", "three"]
+    assert read(marked, 2) == ["one\n\nstill one"] + ["two"]
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.txt").write_text("first\n\nfile")
+    (folder / "deep" / "b.TXT").write_text("second<|endoftext|>third")
+    (folder / "README.md").write_text("not a document")
+    assert read(folder) == ["first\n\nfile", "second", "third"]
+
+
+def test_running_text_is_cut_at_blank_lines_and_loses_nothing(tmp_path):
+    paragraphs = ["\n".join(sentence(100 * i + j) for j in range(1 + i % 7)) for i in range(4000)]
+    path = tmp_path / "running.txt"
+    path.write_text("\n \n".join(paragraphs))
+    docs = read(path)
+    assert all(2000 <= len(d) < 2700 for d in docs[:-1]) and len(docs) > 300
+    assert "".join("".join(docs).split()) == "".join("".join(paragraphs).split())
+    assert all(doc.startswith("Story") and doc.endswith(".") for doc in docs)
+    path.write_text(" ".join(sentence(i) for i in range(3000)))     # one line: cut at spaces
+    assert all(2000 <= len(d) < 2020 for d in read(path)[:-1])
+    path.write_text("x" * 30_000)
+    assert "".join(read(path)) == "x" * 30_000 and max(map(len, read(path))) == 8000
+
+
+def test_more_than_a_megabyte_without_a_mark_is_running_text(tmp_path):
+    long = "\n\n".join(sentence(i) for i in range(40_000))
+    assert len(long) > 2 * P.WHOLE
+    path = tmp_path / "mixed.txt"
+    path.write_text(P.END.join(["one", long, "two\n\ntwo", long[:-1], "three"]))
+    docs = read(path)
+    assert docs[0] == "one" and docs[-1] == "three" and docs.count("two\n\ntwo") == 1
+    middle = docs[1:docs.index("two\n\ntwo")]
+    assert len(middle) > 500 and "\n\n".join(middle) == long    # also where the blocks of 1 MB meet
+    assert not any("endoftext" in d for d in docs)
+
+
+@needs_shared
+def test_marked_tinystories_come_out_as_stories():
+    raw = (SHARED / "tinystories.txt").read_text()
+    docs = read(SHARED / "tinystories.txt")
+    marked = [t.strip() for t in raw.split(P.END)]
+    assert docs[:1727] == marked[:1727]             # the last piece, 1.7 MB, has lost its marks
+    assert all(2000 <= len(d) <= 8000 for d in docs[1727:-1])
+
+
+def test_jsonl_parquet_saved_and_hub_layout_give_the_same_documents(tmp_path, cache):
+    import datasets
+    docs = [sentence(i) + "\n<|endoftext|> inside" for i in range(120)]
+    data = datasets.Dataset.from_dict({"id": list(range(120)), "text": docs})
+    one, two = tmp_path / "one.jsonl", tmp_path / "two"
+    (two / "deep").mkdir(parents=True)
+    one.write_text("".join(json.dumps({"text": d, "source": "x"}) + "\n" for d in docs) + "\n")
+    for i in (0, 1):    # the only string field
+        rows = [json.dumps({"n": 1, "story": d}) for d in docs[60 * i:60 * i + 60]]
+        (two / "deep" / f"{i}.jsonl").write_text("\n".join(rows))
+    data.to_parquet(str(tmp_path / "data.parquet"))
+    data.save_to_disk(str(tmp_path / "saved"))
+    hub = tmp_path / "hub" / "data"
+    hub.mkdir(parents=True)
+    for i in (0, 1):
+        shard = data.select(range(60 * i, 60 * i + 60))
+        shard.to_parquet(str(hub / f"train-0000{i}-of-00002.parquet"))
+    for path in (one, two, tmp_path / "data.parquet", tmp_path / "saved", tmp_path / "hub"):
+        assert read(path) == docs and read(path, 7) == docs[:7]
+    folder = P.prepare(tmp_path / "saved", "byte", cache=cache, quiet=True)
+    assert sorted(sum((texts(folder, s) for s in P.SPLITS), [])) == sorted(docs)
+
+
+def test_a_dataset_with_validation_keeps_its_splits(tmp_path, cache):
+    import datasets
+    docs = [sentence(i) for i in range(300)]
+    hub = tmp_path / "hub" / "data"
+    hub.mkdir(parents=True)
+
+    def write(split, docs):
+        path = hub / f"{split}-00000-of-00001.parquet"
+        datasets.Dataset.from_dict({"text": docs}).to_parquet(str(path))
+    write("train", docs[:200])
+    write("validation", docs[200:])
+    folder = P.prepare(hub.parent, "byte", cache=cache, quiet=True)
+    assert texts(folder, "train") == docs[:200]
+    val, test = texts(folder, "val"), texts(folder, "test")
+    assert sorted(val + test) == sorted(docs[200:]) and 25 < len(val) < 75
+    write("test", ["t"] * 5)
+    folder = P.prepare(hub.parent, "byte", cache=cache, quiet=True)
+    assert texts(folder, "val") == docs[200:] and texts(folder, "test") == ["t"] * 5
+    folder = P.prepare(hub.parent, "byte", docs=50, cache=cache, quiet=True)
+    assert [len(texts(folder, s)) for s in P.SPLITS] == [50, 20, 5]
+
+
+def test_hub_names_ask_for_the_right_dataset(monkeypatch, cache):
+    import datasets
+    asked = []
+    lines = ["", " = Cats = \n", "", " Cats are = = \n", " = = Food = = \n", " Mice . \n",
+             " = Dogs of war = \n", " Dogs . \n", " = Owls = \n", " Owls . \n"]
+
+    def load_dataset(path, name=None, streaming=False):
+        asked.append((path, name, streaming))
+        return datasets.DatasetDict({s: datasets.Dataset.from_dict({"text": lines})
+                                     for s in ("train", "validation", "test")})
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(P, "_reachable", lambda url: True)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    folder = P.prepare("wikitext2", "byte", cache=cache, quiet=True)
+    assert texts(folder, "train") == ["= Cats = \n\n Cats are = = \n = = Food = = \n Mice .",
+                                      "= Dogs of war = \n Dogs .", "= Owls = \n Owls ."]
+    for name in ("tinystories", "openwebtext", "fineweb"):
+        P.prepare(name, "byte", docs=8, cache=cache, quiet=True)
+    assert set(asked) == {("Salesforce/wikitext", "wikitext-2-raw-v1", False),
+                          ("roneneldan/TinyStories", None, False),
+                          ("Skylion007/openwebtext", None, True),
+                          ("HuggingFaceFW/fineweb", "sample-10BT", True)}
+
+
+# ---- tales -------------------------------------------------------------------------------------
+
+def test_tales(cache):
+    from data.tales import Tales, stories
+    folder = P.prepare("tales", docs=150, cache=cache, quiet=True)
+    meta, tok = json.loads((folder / "meta.json").read_text()), P.load_tokenizer(folder)
+    found = {split: texts(folder, split) for split in P.SPLITS}
+    assert [len(t) for t in found.values()] == [150, 20, 20]
+    assert len(set(sum(found.values(), []))) == 190     # nothing is shared between the splits
+    told = [text for text, _ in stories(150, P.SEEDS["train"], start=0)]
+    assert found["train"] == told                       # in the order of their numbers
+    tales = Tales()
+    for split in ("val", "test"):
+        logp = P.open_split(folder, split)[2]
+        assert logp.dtype == np.float64
+        assert list(logp) == [tales.logp(text) for text in found[split]]
+        n = meta["splits"][split]
+        assert np.isclose(n["floor_nats_per_doc"], -logp.mean(), atol=1e-9)
+        assert np.isclose(n["floor_se"], np.std(logp, ddof=1) / 20 ** 0.5, atol=1e-9)
+    assert P.open_split(folder, "train")[2] is None and meta["grammar"] == tales.version
+    assert tok.fingerprint == P.load_tokenizer(P.TALES_BPE).fingerprint and tok.vocab_size == 2048
+    assert 3.8 < meta["splits"]["train"]["bytes"] / meta["splits"]["train"]["tokens"] < 4.6
+
+
+def test_the_stored_tokenizer_is_of_the_present_grammar():
+    from data.tales import Tales
+    assert json.loads(P.TALES_BPE.read_text())["grammar"] == Tales().version, \
+        "data/tales.txt changed: run data.prepare.train_tales_tokenizer()"
+    round_trip(P.load_tokenizer(P.TALES_BPE))
+
+
+# ---- what goes wrong ---------------------------------------------------------------------------
+
+def test_wrong_input_is_one_sentence_and_leaves_nothing(tmp_path, cache, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "no-tiktoken"))
+    monkeypatch.setattr("requests.head", lambda *a, **k: (_ for _ in ()).throw(
+        __import__("requests").ConnectionError()))
+    late = b"".join(b'{"text": "document %d"}\n' % i for i in range(2000)) + b"{"
+    files = {"good.txt": b"one<|endoftext|>two<|endoftext|>three", "empty.txt": b"",
+             "blank.txt": b" \n\n ", "late.jsonl": late,
+             "latin.txt": b"x" * 1_500_000 + "é".encode() + b"caf\xe9 au lait", "cut.txt": b"ab\xc3",
+             "short.txt": b"only one document", "bad.jsonl": b'{"text": "a"}\n{"text": \n',
+             "field.jsonl": b'{"text": "a"}\n\n{"a": "b", "c": "d"}\n', "list.jsonl": b"[1, 2]\n",
+             "number.jsonl": b'{"text": 3}', "torn.parquet": b"PAR1 nothing", "table.csv": b"a,b",
+             "words.json": b"{}"}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("a file where the cache should be")
+    t = str(tmp_path) + "/"
+    cases = [
+        ([t + "missing.txt"], ["missing.txt", "tinystories", "wikitext2", "openwebtext",
+                               "fineweb"]),
+        ([t + "empty.txt"], ["empty.txt is empty"]),
+        ([t + "blank.txt"], ["blank.txt is empty"]),
+        ([t + "folder"], ["folder is no text", ".jsonl"]),
+        ([t + "table.csv"], ["table.csv is no text"]),
+        ([t + "latin.txt"], ["latin.txt is not UTF-8 at byte 1500005"]),
+        ([t + "cut.txt"], ["cut.txt is not UTF-8 at byte 2"]),
+        ([t + "short.txt"], ["1 different document", "one each"]),
+        ([t + "bad.jsonl"], ["line 2 of", "bad.jsonl is not JSON"]),
+        ([t + "late.jsonl"], ["line 2001 of", "late.jsonl is not JSON"]),
+        ([t + "field.jsonl"], ["line 3 of", "field.jsonl has no text"]),
+        ([t + "list.jsonl"], ["line 1 of", "list.jsonl has no text"]),
+        ([t + "number.jsonl"], ["line 1 of", "number.jsonl has no text"]),
+        ([t + "torn.parquet"], ["cannot read", "torn.parquet"]),
+        ([t + "good.txt", "--vocab-size", "256"], ["--vocab-size 256", "257"]),
+        ([t + "good.txt", "--tokenizer", "gpt2", "--vocab-size", "50258"], ["50258", "50257"]),
+        ([t + "good.txt", "--tokenizer", "byte", "--vocab-size", "300"], ["300", "leave it out"]),
+        ([t + "good.txt", "--tokenizer", "hf:x", "--vocab-size", "300"], ["300", "leave it out"]),
+        ([t + "good.txt", "--tokenizer", "spm"], ["unknown tokenizer 'spm'", "gpt2", "byte"]),
+        ([t + "good.txt", "--tokenizer", f"hf:{t}words.json"], ["cannot load the tokenizer"]),
+        ([t + "good.txt", "--tokenizer", "hf:no/such"], ["cannot load the tokenizer no/such"]),
+        ([t + "good.txt", "--tokenizer", "gpt2"], ["TIKTOKEN_CACHE_DIR", P.GPT2_URL + "vocab.bpe",
+                                                   "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"]),
+        ([t + "good.txt", "--docs", "-1"], ["--docs -1 is negative"]),
+        ([t + "good.txt", "--docs", "2"], ["2 different document"]),
+        (["fineweb"], ["HuggingFaceFW/fineweb", "python data/prepare.py fineweb", "HF_HOME"]),
+        ([t + "good.txt", "--cache", t + "file"], [t + "file", "TEXT_DIFFUSION_CACHE"])]
+    for args, words in cases:
+        code, out, err = command(capsys, "--cache", cache, *args)
+        err = err.removeprefix("training a BPE of 2048 ids\n")
+        assert code == 2 and out == "", (args, code, out, err)
+        assert err.count("\n") == 1 and "Traceback" not in err, (args, err)
+        assert all(word in err for word in words), (args, err)
+        assert not leftovers(cache), (args, leftovers(cache))
+
+
+def test_unreadable_file_and_unwritable_cache(tmp_path, stories):
+    if os.geteuid() == 0:
+        pytest.skip("root may read and write everything")
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    with pytest.raises(UserError, match="TEXT_DIFFUSION_CACHE"):
+        P.prepare(stories[0], "byte", cache=locked / "cache", quiet=True)
+    secret = tmp_path / "secret.txt"
+    secret.write_text("x")
+    secret.chmod(0)
+    with pytest.raises(UserError, match="secret.txt"):
+        P.prepare(secret, "byte", cache=tmp_path / "cache", quiet=True)
+
+
+def test_the_command_line_as_a_user_runs_it(stories, cache):
+    """Two processes at once make one dataset; a hub name without a network fails soon."""
+    both = [start(stories[0], "--vocab-size", "300", "--cache", cache) for _ in range(2)]
+    hub = start("tinystories", "--cache", cache, HF_ENDPOINT="http://127.0.0.1:9",
+                HF_HUB_OFFLINE="", HF_HOME=str(cache / ".hf"))
+    outs = [p.communicate(timeout=60) for p in both]
+    assert [p.returncode for p in both] == [0, 0], outs
+    assert outs[0][0] == outs[1][0] and "bytes/token" in outs[0][0] and "first: Story" in outs[0][0]
+    begun = time.time()
+    out, err = hub.communicate(timeout=60)
+    assert hub.returncode == 2 and out == "" and err.count("\n") == 1 and time.time() - begun < 15
+    assert "roneneldan/TinyStories" in err and "python data/prepare.py tinystories" in err
+    assert len([n for n in leftovers(cache) if n != ".hf"]) == 1
+    P.verify(outs[0][0].splitlines()[0])
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_preparation_leaves_nothing_that_looks_finished(how, tmp_path, cache):
+    """Every document takes 10 ms here, so that there is something to interrupt."""
+    (tmp_path / "text").mkdir()
+    rows = [json.dumps({"text": sentence(i) * 20}) + "\n" for i in range(3000)]
+    (tmp_path / "text" / "a.jsonl").write_text("".join(rows))
+    slow = ("import sys, time; sys.path.insert(0, sys.argv.pop(1)); from data import prepare as P\n"
+            "add = P.Writer.add\n"
+            "def slowly(self, *a): add(self, *a); self.file.flush(); time.sleep(0.01)\n"
+            "P.Writer.add = slowly; P.main()")
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, ROOT, tmp_path / "text", "--tokenizer", "byte", "--cache",
+         cache], stderr=subprocess.PIPE, text=True)
+    while not any(f.stat().st_size > 10_000 for f in cache.glob("*.partial/train.bin")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(how)
+    _, err = process.communicate(timeout=20)
+    left = leftovers(cache)
+    if how == signal.SIGINT:
+        assert process.returncode == 130 and "Traceback" not in err and not left
+    else:
+        assert len(left) == 1 and left[0].endswith(".partial")
+    (cache / "other.partial").mkdir(exist_ok=True)      # of some other dataset, long ago
+    folder = P.prepare(tmp_path / "text", "byte", cache=cache, quiet=True)
+    assert len(sum((texts(folder, s) for s in P.SPLITS), [])) == 3000
+    assert leftovers(cache) == [folder.name]
+
+
+def test_damaged_folders_are_noticed(stories, cache):
+    folder = P.prepare(stories[0], "byte", cache=cache, quiet=True)
+    P.verify(folder)
+
+    def damaged(name, change):
+        path = folder / name
+        good = path.read_bytes()
+        change(path)
+        with pytest.raises(UserError) as e:
+            P.prepare(stories[0], "byte", cache=cache, quiet=True)
+        assert str(path) in str(e.value)
+        assert f"delete the folder {folder} and run again" in str(e.value)
+        path.write_bytes(good)
+        P.verify(folder)
+
+    def truncate(path):
+        os.truncate(path, path.stat().st_size - 2)
+    for name in ("train.bin", "val.bin", "test.bin", "train.idx.npy", "meta.json",
+                 "tokenizer.json"):
+        damaged(name, truncate)
+        damaged(name, Path.unlink)
+    damaged("tokenizer.json", lambda path: shutil.copy(P.TALES_BPE, path))
+    damaged("train.idx.npy", lambda path: np.save(path, np.arange(5)))
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    """Peak memory while 40 MB become tokens, over that of 4 MB: the text is never held."""
+    import base64
+    code = ("import sys, resource; sys.path.insert(0, sys.argv[1])\n"
+            "from data.prepare import prepare\n"
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "grown = []\n"
+            "for path in sys.argv[2:4]:\n"
+            "    prepare(path, 'byte', cache=sys.argv[4], quiet=True); grown.append(peak())\n"
+            "print(grown[1] - grown[0])")
+    rng, paths = random.Random(0), [tmp_path / "small.txt", tmp_path / "large.txt"]
+    for path, megabytes in zip(paths, (4, 40)):
+        with open(path, "w") as f:
+            for _ in range(megabytes):      # noise with spaces, no marks
+                noise = base64.b64encode(rng.randbytes(750_000)).decode()
+                f.write(noise.replace("A", " ").replace("B", "\n\n").replace("/", " "))
+    out = subprocess.run([sys.executable, "-c", code, ROOT, *paths, tmp_path / "cache"], check=True,
+                         capture_output=True, text=True).stdout
+    kilo = 1024 if sys.platform == "darwin" else 1
+    assert int(out) / kilo < 25_000, f"{out} KB more for ten times the text"
