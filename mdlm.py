@@ -59,8 +59,8 @@ class Config:
     seed: int = 1337  # weights, batches and noise
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # auto, float32, bfloat16 (autocast)
-    steps: int = 1200  # optimizer steps
-    batch_size: int = 32  # rows per micro-batch, over all processes
+    steps: int = 1600  # optimizer steps
+    batch_size: int = 16  # rows per micro-batch, over all processes
     seq_len: int = 160  # tokens per row
     n_layer: int = 4  # blocks
     n_head: int = 4  # heads
@@ -546,14 +546,15 @@ def get_lr(step, cfg):
 
 
 def make_optimizers(model, cfg):
-    """Muon for the matrices inside the blocks; AdamW, at a higher rate, for embeddings, head and
-    gains. Each group's own rate is `scale` times the scheduled one."""
+    """Muon for the matrices inside the blocks, AdamW for the rest. A group's rate is `scale` times
+    the scheduled one: embeddings want ten times as much, head and gains three (see LOG.md)."""
     hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
-    inside = set(map(id, hidden))
-    rest = [p for p in model.parameters() if id(p) not in inside]
+    apart = set(map(id, [*hidden, model.wte.weight]))
+    rest = [p for p in model.parameters() if id(p) not in apart]
     return [torch.optim.Muon([dict(params=hidden, scale=1.0)], cfg.lr, weight_decay=0.05,
                              adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW([dict(params=rest, scale=3.0)], cfg.lr, betas=(0.9, 0.98),
+            torch.optim.AdamW([dict(params=[model.wte.weight], scale=10.0),
+                               dict(params=rest, scale=3.0)], cfg.lr, betas=(0.9, 0.98),
                               weight_decay=0.0)]
 
 

@@ -1,4 +1,4 @@
-"""The command line: every flag, every command that is written down, every mistake in one sentence."""
+"""The command line: every flag, every command that is written down, one sentence a mistake."""
 import ast
 import dataclasses
 import inspect
@@ -296,7 +296,7 @@ def edit(**changes):
     ("model.safetensors", halve, "sample", "it is broken or was trained with other flags"),
     ("model.safetensors", Path.unlink, "eval", "model.safetensors is missing: train first"),
     ("state.pt", halve, "--resume", "it is broken or was trained with other flags"),
-    ("state.pt", lambda p: p.write_bytes(b"\x80\x04nonsense"), "--resume", "it is broken or was"),
+    ("state.pt", lambda p: p.write_bytes(b"nonsense"), "--resume", "it is broken or was"),
     ("state.pt", Path.unlink, "--resume", "leave it out to start a new run"),
     ("config.json", halve, "sample", "is not a configuration of this script"),
     ("config.json", halve, "--resume", "is not a configuration of this script"),
@@ -314,7 +314,7 @@ def test_a_damaged_checkpoint_is_named_and_left_as_it_is(script, file, damage, c
     before = contents(out)
     code, _, err = cli(script, command, "--out", out)
     said = one_sentence(code, err)
-    assert sentence in said and str(out / file if "n_layer" not in said else out) in said
+    assert sentence in said and str(out) in said
     assert contents(out) == before
 
 
@@ -419,7 +419,7 @@ def test_every_command_that_is_written_down_is_understood(command, monkeypatch, 
         with pytest.raises(Enough):
             prepare.main()
     elif path == "data/tales.py":
-        usage = {"FILE": str(ROOT / "README.md")}
+        usage = {"FILE": str(ROOT / "README.md"), "TEXT": "once upon a time"}
         argv = [usage.get(word.strip("[]"), word.strip("[]")) for word in argv]
         for name in ("stories", "entropy", "Tales"):
             monkeypatch.setattr(tales, name, stop)
