@@ -1,0 +1,291 @@
+"""Promises that every file keeps: readable, importable, clean, and true to its equations."""
+import ast
+import builtins
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+AIM = dict(ar=300, mdlm=480, dit_embed=480, bit_diffusion=420, sdd=480, diffugpt_varlen=560,
+           common=250)
+SCRIPTS = [name for name in AIM if name != "common" and (ROOT / f"{name}.py").exists()]
+NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
+CODE = sorted([*ROOT.glob("*.py"), *ROOT.glob("*/*.py")])
+ME = Path(__file__)
+each = pytest.mark.parametrize("name", SCRIPTS)
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+
+
+def read(path):
+    return path.read_text("utf-8")
+
+
+def kept():
+    """The files that git keeps or would add."""
+    try:
+        names = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT,
+                               check=True, capture_output=True, text=True).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+
+
+def section(name, first, last):
+    """The syntax trees of the sections first..last of a script, the section before `last`."""
+    lines = read(ROOT / f"{name}.py").splitlines()
+    at = [next(i for i, line in enumerate(lines) if line.startswith(f"# {n}. "))
+          for n in (first, last)]
+    return ast.parse("\n".join(lines[at[0]:at[1] - 1]))
+
+
+def cells(path, kind):
+    return [cell for cell in json.loads(read(path))["cells"] if cell["cell_type"] == kind]
+
+
+# ---- the shape of the code -----------------------------------------------------------------------
+
+@each
+def test_sections_4_and_5_hold_the_method_and_nothing_else(name):
+    """No input or output, logging, choice of device, autocast, classes or closures."""
+    tree = section(name, 4, 6)
+    words = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    words |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    assert not words & {
+        "print", "open", "input", "logging", "tqdm", "write", "read_text", "write_text", "Path",
+        "os", "sys", "json", "time", "common", "run", "say", "autocast", "amp", "cuda", "compile",
+        "is_available", "device_count", "environ"}
+    assert not any(isinstance(n, (ast.ClassDef, ast.Import, ast.ImportFrom, ast.Global))
+                   for n in ast.walk(tree))
+    functions = [n for n in tree.body if isinstance(n, ast.FunctionDef)]
+    inner = [n for f in functions for n in ast.walk(f) if isinstance(n, ast.FunctionDef)]
+    assert len(inner) == len(functions), "a function inside a function"
+    assert {"loss_fn", "sample"} <= {f.name for f in functions}
+
+
+@each
+def test_sections_3_to_5_use_torch_and_the_standard_library_alone(name):
+    """Every name is defined there, or is torch, nn, F, math or SimpleNamespace, or a builtin."""
+    tree = section(name, 3, 6)
+    used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    made = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)
+            and not isinstance(n.ctx, ast.Load)}
+    made |= {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    made |= {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}
+    assert used - made - set(dir(builtins)) <= {"torch", "nn", "F", "math", "SimpleNamespace"}
+
+
+@each
+def test_the_loss_and_the_sampler_are_numbered_steps(name):
+    text = read(ROOT / f"{name}.py")
+    for function in ("loss_fn", "sample"):
+        body = text.split(f"\ndef {function}(")[1].split("\n\n\n")[0]
+        steps = [int(n) for n in re.findall(r"(?:# |; )(\d)\. ", body)]
+        assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 3
+
+
+def test_common_is_plumbing_only():
+    """No modules, losses, schedules, samplers, optimizers, learning rates or training loops."""
+    tree = ast.parse(read(ROOT / "common.py"))
+    imported = {alias.name for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))
+                for alias in n.names} | {n.module for n in ast.walk(tree)
+                                         if isinstance(n, ast.ImportFrom)}
+    assert not imported & {"torch.nn", "torch.nn.functional", "torch.optim", "nn", "optim"}
+    used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    assert not used & {"nn", "optim", "backward", "zero_grad", "step", "softmax", "log_softmax",
+                       "cross_entropy", "multinomial", "rand", "randn", "randint", "randperm",
+                       "lerp_", "param_groups", "Module", "forward", "clip_grad_norm_", "sigmoid"}
+    defined = {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    lesson = {n.name for name in SCRIPTS for n in ast.parse(read(ROOT / f"{name}.py")).body
+              if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    assert not defined & lesson
+    assert not [n for n in defined if re.search("loss_fn|schedule|corrupt|optimizer|_lr|ema", n)]
+
+
+def test_importing_writes_prints_and_parses_nothing(tmp_path):
+    """Also where fcntl does not exist, as on Windows."""
+    modules = [*SCRIPTS, "common", "data.prepare", "data.tales"]
+    code = ("import sys; sys.modules['fcntl'] = None; sys.dont_write_bytecode = True; "
+            f"sys.path.insert(0, {str(ROOT)!r}); import torch; state = torch.get_rng_state(); "
+            f"import {', '.join(modules)}; assert torch.equal(state, torch.get_rng_state())")
+    before = {p: p.stat().st_mtime_ns for p in kept()}
+    done = subprocess.run([sys.executable, "-c", code, "--no-such-flag"], cwd=tmp_path, text=True,
+                          capture_output=True, timeout=600)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+    assert before == {p: p.stat().st_mtime_ns for p in before if p.exists()}
+
+
+@pytest.mark.parametrize("path", [p for p in CODE if p.parent != ROOT / "tests"],
+                         ids=lambda p: p.name)
+def test_every_public_function_and_class_says_what_it_does(path):
+    """A one-line function may speak for itself; so may parts of a model."""
+    for node in ast.parse(read(path)).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_":
+            short = node.end_lineno - node.lineno < 3 or node.name in (
+                "main", "Config", "Attention", "MLP", "Block", "Parser", "Source")
+            assert short or ast.get_docstring(node), f"{path.name}: {node.name}"
+    assert ast.get_docstring(ast.parse(read(path)))
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda p: p.name)
+def test_lines_have_at_most_100_columns(path):
+    lines = read(path).splitlines()
+    assert not [n for n, line in enumerate(lines, 1) if len(line) > 100]
+    assert not [n for n, line in enumerate(lines, 1) if line != line.rstrip() or "\t" in line]
+
+
+def test_a_script_that_outgrew_its_aim_is_explained_in_the_log():
+    long = [name for name, aim in AIM.items() if (ROOT / f"{name}.py").exists()
+            and len(read(ROOT / f"{name}.py").splitlines()) > aim]
+    paragraphs = [p for p in read(ROOT / "LOG.md").split("\n\n") if "length" in p or "lines" in p]
+    for name in long:
+        assert any(re.search(rf"\b{name}(\.py)? {AIM[name]}\b|\b{name}\.py\b", p)
+                   and "because" in p for p in paragraphs), f"{name}.py > {AIM[name]} lines"
+
+
+# ---- equations -----------------------------------------------------------------------------------
+
+def tags(text):
+    return set(re.findall(r"\((E\d+)\)", text))
+
+
+@each
+def test_equations_stand_in_the_docstring_and_on_the_lines_that_compute_them(name):
+    """Each tag is defined once in the docstring, in order, and marks a line of code."""
+    text = read(ROOT / f"{name}.py")
+    doc = ast.get_docstring(ast.parse(text))
+    defined = re.findall(r"^ +\((E\d+)\) ", doc, re.M)
+    assert defined == [f"E{n}" for n in range(1, len(defined) + 1)] and len(defined) >= 3
+    body = text[text.index("# 1. config"):]
+    marked = {tag for line in body.splitlines() for tag in tags(line)
+              if re.search(r"\S.*  # .*\(E\d+\)", line)
+              and not re.fullmatch(r"    \w+: .*", line.split("  # ")[0])}
+    assert marked == set(defined), f"marked {sorted(marked)}, defined {defined}"
+    assert tags(text) == set(defined)
+
+
+@each
+def test_every_equation_has_a_test(name):
+    """Its tag stands in the docstring of a test of that script."""
+    files = sorted((ROOT / "tests").glob(f"test_{name}*.py"))
+    docs = [ast.get_docstring(n) or "" for path in files for n in ast.walk(ast.parse(read(path)))
+            if isinstance(n, ast.FunctionDef) and n.name.startswith("test")]
+    assert tags("\n".join(docs)) == tags(ast.get_docstring(ast.parse(read(ROOT / f"{name}.py"))))
+
+
+@each
+def test_every_equation_stands_in_the_notebook(name):
+    found = [p for p in NOTEBOOKS if re.fullmatch(rf"\d\d_{name}", p.stem)]
+    if not found:
+        pytest.skip(f"no notebook of {name}.py")
+    text = "\n".join("".join(cell["source"]) for cell in cells(found[0], "markdown"))
+    text = re.sub(r"\\tag\{(E\d+)\}|\\text\{\((E\d+)\)\}", r"(\1\2)", text)
+    assert tags(text) == tags(ast.get_docstring(ast.parse(read(ROOT / f"{name}.py"))))
+
+
+# ---- notebooks -----------------------------------------------------------------------------------
+
+@every_notebook
+def test_a_notebook_is_kept_as_it_ran(path):
+    """Outputs kept, executed from top to bottom, no errors or warnings in them, not too large."""
+    code = [cell for cell in cells(path, "code") if "".join(cell["source"]).strip()]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert len(outputs) >= 3
+    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+    assert path.stat().st_size <= 500_000
+
+
+@every_notebook
+def test_a_notebook_has_short_cells_and_no_shell(path):
+    for cell in cells(path, "code"):
+        source = "".join(cell["source"])
+        assert sum(bool(line.strip()) for line in source.splitlines()) <= 15, source
+        assert not re.search(r"^\s*[%!]", source, re.M), source
+
+
+# ---- hygiene -------------------------------------------------------------------------------------
+
+def test_no_file_is_large_and_nothing_made_by_a_run_is_kept():
+    for path in kept():
+        assert path.stat().st_size <= 1_000_000, path
+        assert path.suffix not in (".pyc", ".pt", ".safetensors", ".bin", ".npy", ".tmp"), path
+        assert not {"__pycache__", "out", "cache", ".venv"} & set(path.relative_to(ROOT).parts)
+
+
+def texts():
+    """(path, text) of every kept text file but this one; of notebooks without their pictures."""
+    for path in kept():
+        if path != ME and path.suffix not in (".png", ".gif"):
+            text = read(path)
+            yield path, re.sub(r'"image/png": ?"[^"]*"', "", text)
+
+
+def test_no_file_names_a_place_on_somebodys_machine():
+    place = re.compile(r"(?<![\w./~-])/(?:work|root|home|Users|tmp|mnt|opt)/[\w.]")
+    for path, text in texts():
+        if path.parent == ROOT / "tests":
+            text = re.sub(r"/tmp/", "", text)
+        assert not (found := place.search(text)), f"{path.name}: {found}"
+
+
+def test_no_file_names_a_package_registry_or_a_private_host():
+    host = re.compile(r"index-url|pypi\.|/simple/|artifactory|"
+                      r"\b(?!127\.)\d+\.\d+\.\d+\.\d+:\d|://[^/\s]*@|\.internal\b", re.I)
+    for path, text in texts():
+        assert not (found := host.search(text)), f"{path.name}: {found}"
+
+
+def test_requirements_are_pinned_and_complete():
+    lines = [line for line in read(ROOT / "requirements.txt").splitlines()
+             if line and line[0] != "#"]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+    named = {line.split("==")[0] for line in lines}
+    ours = {p.stem for p in CODE} | {"data", *sys.stdlib_module_names}
+    optional = {"tensorboard", "wandb"}
+    comes_with = {"tiktoken_ext": "tiktoken", "requests": "tiktoken", "pyarrow": "datasets",
+                  "huggingface_hub": "datasets", "nbformat": "nbconvert", "transformers": None,
+                  "pandas": "datasets"}
+    for path in CODE:
+        for node in ast.walk(ast.parse(read(path))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+                [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in {n.split(".")[0] for n in names} - ours - optional:
+                assert comes_with.get(name, name) in named, f"{path.name} imports {name}"
+
+
+def test_git_ignores_what_runs_make():
+    ignored = read(ROOT / ".gitignore").split()
+    assert {"out/", "data/cache/", "__pycache__/", ".pytest_cache/"} <= set(ignored)
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("results/*.json"),
+                                         *ROOT.glob("results/*.jsonl")]), ids=lambda p: p.name)
+def test_a_committed_result_says_how_it_was_made(path):
+    """Command, config, seed, versions and hardware in its first line."""
+    made = json.loads(read(path).splitlines()[0] if path.suffix == ".jsonl" else read(path))
+    assert {"command", "torch", "machine", "device", "dtype", "threads"} <= made["run"].keys()
+    assert made["run"]["command"] and made["run"]["machine"] and "seed" in made["config"]
+    name = Path(made["run"]["command"].split()[0]).stem
+    assert (ROOT / f"{name}.py").exists()
+
+
+def test_the_readme_is_finished_and_its_links_lead_somewhere():
+    readme = read(ROOT / "README.md")
+    assert not (left := re.search(r"\b(TODO|FILM|TABLE|RESULTS|ENTROPY|\w+_(?:MINUTES|RESULT))\b",
+                                  readme)), f"placeholder {left}"
+    for target in re.findall(r"\]\(([^)#:]+)\)", readme):
+        assert (ROOT / target).exists(), target
+    for name in SCRIPTS:
+        assert f"{name}.py" in readme
+
+
+def test_the_ci_entry_runs_what_the_readme_says():
+    command = "python -m pytest"
+    assert command in read(ROOT / ".ci/run") and command in read(ROOT / "README.md")
+    assert importlib.util.find_spec("nbval") is None or "--nbval-lax" in read(ROOT / "pytest.ini")

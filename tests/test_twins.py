@@ -1,0 +1,170 @@
+"""Every script repeats the shared text of ar.py word for word, but for differences listed here."""
+import ast
+import difflib
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BANNERS = ["config", "data", "model", "corrupt and loss", "sample", "train", "main"]
+
+# top-level names whose text differs from ar.py's, and why
+ALLOWED = {"mdlm": {
+    "docstring": "another method",
+    "NAME, BOUND": "its name; its likelihood is an upper bound",
+    "Config": "the method block; an unknown schedule is refused at once",
+    "Block": "adaLN, one of the ways to tell the network the mask rate",
+    "Model": "one more embedding for the mask, the mask rate as an input, attention both ways",
+    "loss_fn": "the method",
+    "nelbo": "a bound that has to be estimated",
+    "sample": "the method",
+}}
+# top-level names of ar.py that a script does without, and why
+GONE = {"mdlm": {
+    "charged": "every position of a row is charged",
+    "token_nll": "takes a left-to-right factorisation",
+    "nll": "the exact likelihood is out of reach; `exact` computes it for short rows",
+    "infill_left": "the method looks both ways anyway",
+    "infill_exact": "infilling is what the method does",
+}}
+# top-level names that a script adds, and why
+NEW = {"mdlm": {
+    "Literal": "choices of the method block",
+    "SCHEDULES": "mask rates (E1)",
+    "get_schedule": "mask rates (E1)",
+    "draw_t": "times for the loss (E3)",
+    "corrupt": "masks (E1)",
+    "corrupt_count": "masks in a given number (E4)",
+    "masked_ce": "the cross-entropies (E2)",
+    "nelbo_steps": "the bound of few steps (E5)",
+    "exact": "bound and likelihood of a short row by enumeration (E4)",
+    "reveal_counts": "the plan of the sampler (E6)",
+}}
+# fields of the shared blocks of Config with another default, and why
+DEFAULTS = {"mdlm": {}}
+OTHERS = list(ALLOWED)
+each = pytest.mark.parametrize("name", OTHERS)
+
+
+def lines(name):
+    return (ROOT / f"{name}.py").read_text("utf-8").splitlines()
+
+
+def pieces(name):
+    """{top-level name: its source, with decorators}, the docstring and imports among them."""
+    text = "\n".join(lines(name))
+    found = {}
+    for node in ast.parse(text).body:
+        start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+        source = "\n".join(lines(name)[start - 1:node.end_lineno])
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names = [node.name]
+        elif isinstance(node, ast.Assign):
+            names = [ast.unparse(node.targets[0]).strip("()")]
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.asname or alias.name for alias in node.names]
+        elif isinstance(node, ast.If):
+            names = ["the last two lines"]
+        else:
+            assert isinstance(node, ast.Expr) and not found, f"{name}.py runs code: {source}"
+            names = ["docstring"]
+        assert not set(names) & found.keys(), f"{names} twice in {name}.py"
+        found |= dict.fromkeys(names, source)
+    return found
+
+
+def fields(name):
+    """[[(field, type, default, help text), ...], ...]: the blocks of Config, by their comments."""
+    config = pieces(name)["Config"].splitlines()
+    blocks = {"shared": []}
+    for line in config:
+        if comment := re.fullmatch("    # (.*)", line):
+            blocks[comment[1]] = []
+        elif field := re.fullmatch(r"    (\w+): (.*?) = (.*?)  # (.*)", line):
+            blocks[list(blocks)[-1]].append(field.groups())
+        else:
+            assert not line or line.startswith(("@", "class", "    def", "        "))
+    return blocks
+
+
+def test_every_script_is_compared():
+    """A script is a file with the seven banners; each has to be listed above."""
+    scripts = [p.stem for p in ROOT.glob("*.py") if "\n# 1. config\n" in p.read_text("utf-8")]
+    assert sorted(scripts) == sorted(["ar", *OTHERS])
+
+
+@each
+def test_shared_names_have_the_same_text(name):
+    ar, other = pieces("ar"), pieces(name)
+    for key in ar.keys() & other.keys() - ALLOWED[name].keys():
+        change = difflib.unified_diff(ar[key].splitlines(), other[key].splitlines(), lineterm="")
+        assert ar[key] == other[key], f"{key} differs:\n" + "\n".join(change)
+
+
+@each
+def test_every_listed_difference_still_exists(name):
+    ar, other = pieces("ar"), pieces(name)
+    for key, reason in ALLOWED[name].items():
+        assert ar[key] != other[key], f"{key} is the same now: strike it off ALLOWED ({reason})"
+
+
+@each
+def test_names_that_only_one_file_has_are_listed(name):
+    ar, other = pieces("ar").keys(), pieces(name).keys()
+    assert ar - other == GONE[name].keys()
+    assert other - ar == NEW[name].keys()
+    assert all(len(why) > 5 for table in (ALLOWED, GONE, NEW) for why in table[name].values())
+
+
+@each
+def test_the_shared_names_are_the_plumbing_of_the_lesson(name):
+    """What notebooks and the reader of a diff rely on to be the same."""
+    same = pieces(name).keys() - ALLOWED[name].keys() - NEW[name].keys()
+    assert same >= {
+        "PRESETS", "SHAPE", "open_data", "fill_in", "take", "get_batch", "get_eval_rows", "rotary",
+        "rotate", "attend", "Attention", "MLP", "init_weights", "filter_logits", "categorical",
+        "get_lr", "make_optimizers", "evaluate", "unigram_nll", "grade", "train", "main",
+        "the last two lines"}
+
+
+@each
+def test_the_shared_flags_have_the_same_meaning_type_default_and_help(name):
+    ar, other = fields("ar"), fields(name)
+    assert list(ar) == list(other) == ["shared", "sampling", "method", "filled in from the data"]
+    for block in set(ar) - {"method"}:
+        assert [f[0] for f in ar[block]] == [f[0] for f in other[block]]
+        for mine, theirs in zip(ar[block], other[block]):
+            changed = mine[0] in DEFAULTS[name]
+            assert mine[:2] == theirs[:2] and mine[3] == theirs[3]
+            assert (mine[2] != theirs[2]) == changed, f"default of --{mine[0]}"
+    ours = dict.fromkeys("data tokenizer rows preset seed device dtype steps batch_size seq_len "
+                         "n_layer n_head n_embd lr warmup grad_clip grad_accum ema eval_every "
+                         "save_every out resume compile log".split())
+    assert ours.keys() <= {f[0] for f in ar["shared"]}
+
+
+@each
+def test_a_method_flag_never_shadows_a_shared_one(name):
+    for script in ("ar", name):
+        names = [f[0] for block in fields(script).values() for f in block]
+        assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", ["ar", *OTHERS])
+def test_seven_banners_in_order(name):
+    text = lines(name)
+    rule = "# " + "-" * 94
+    found = [i for i, line in enumerate(text) if re.fullmatch(r"# \d\. .*", line)]
+    assert [text[i] for i in found] == [f"# {n}. {title}" for n, title in enumerate(BANNERS, 1)]
+    assert all(text[i - 1] == text[i + 1] == rule for i in found)
+    assert sum(line == rule for line in text) == 14
+
+
+@each
+def test_most_of_ar_is_in_the_other_script_too(name):
+    ar, other = (Counter(line for line in lines(n) if line.strip()) for n in ("ar", name))
+    share = (ar & other).total() / ar.total()
+    print(f"{share:.0%} of the lines of ar.py are in {name}.py")
+    assert share >= 0.6
