@@ -73,10 +73,13 @@ def train_speed(script, plain):
     slow = rows / seconds(lambda: step(plain, FP32), 15)
     script.attend = fused
     matrices = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
-    charged = ar.charged(script.get_batch("train", cfg, g), cfg).float().mean().item() \
-        if script is ar else 0.5
-    flops = 6 * matrices + 6 * model.head.weight.numel() * charged \
-        + 12 * cfg.n_layer * cfg.seq_len * cfg.n_embd
+    charged, computed = 0.5, 1.0  # shares of a row that meet the head, and the trunk
+    if script is ar:
+        length = ar.charged(script.get_batch("train", cfg, g), cfg).sum(1).sort().values
+        charged = length.float().mean().item() / cfg.seq_len
+        computed = sum(h.max().item() for h in length.chunk(2)) / 2 / cfg.seq_len
+    flops = 6 * matrices * computed + 6 * model.head.weight.numel() * charged \
+        + 12 * cfg.n_layer * cfg.seq_len * cfg.n_embd * computed ** 2
     return dict(tokens_per_second=fast, plain_float32=slow, plain_bfloat16=half, ratio=fast / slow,
                 gflops=fast * flops / 1e9)
 

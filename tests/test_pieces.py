@@ -325,7 +325,7 @@ def test_it_learns_rows_by_heart(script):
     nats = script.nelbo(model, rows.repeat(50, 1), cfg, generator(2))[0].mean().item()
     assert nats == pytest.approx(math.log(8), abs=0.2)
     x, _ = script.sample(model, cfg, 200, generator(3))
-    assert (x[:, None] == rows).all(2).any(1).float().mean() > 0.9
+    assert (x[:, None] == rows).all(2).any(1).float().mean() > 0.8
 
 
 @BOTH
