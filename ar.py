@@ -303,7 +303,7 @@ def loss_fn(model, x0, cfg, g, rows=slice(None)):
 def nll(model, x0, cfg, g=None):
     """Exact negative log-likelihood in nats per row of x0 (B, T): ((B,), info)."""
     with torch.no_grad():
-        parts = [token_nll(model, part, cfg).double().sum(1) for part in x0.split(64)]
+        parts = [token_nll(model, part, cfg).cpu().double().sum(1) for part in x0.split(64)]
     return torch.cat(parts), dict(forwards=1)
 
 
@@ -396,8 +396,9 @@ def infill_exact(model, x0, i, cfg, chunk=256):
     V = cfg.vocab_size
     rows = x0.repeat(V, 1)
     rows[:, i] = torch.arange(V, device=x0.device)
-    logp = torch.cat([-token_nll(model, part, cfg).double().sum(1) for part in rows.split(chunk)])
-    after_end = (~charged(rows, cfg) & (rows != cfg.eos)).any(1)  # impossible: words after EOS
+    cost = [token_nll(model, part, cfg).cpu().double().sum(1) for part in rows.split(chunk)]
+    logp = -torch.cat(cost)
+    after_end = (~charged(rows, cfg) & (rows != cfg.eos)).any(1).cpu()  # words after EOS: never
     return logp.masked_fill(after_end, -torch.inf).log_softmax(0)  # (E5)
 
 

@@ -407,7 +407,7 @@ def nelbo(model, x0, cfg, g, K=8):
             xt, is_mask = corrupt_count(x0, n, cfg, g)
             for i in torch.arange(len(x0)).split(64):
                 ce = masked_ce(model, x0[i], xt[i], (n / T)[i], is_mask[i])
-                total[i] += (T / n[i]) * ce.double().sum(1).cpu() / K  # (E4)
+                total[i] += (T / n[i]) * ce.cpu().double().sum(1) / K  # (E4)
     return total, dict(forwards=K)
 
 
@@ -420,7 +420,7 @@ def nelbo_steps(model, x0, cfg, g, steps):
             t = torch.full((len(x0),), k / steps)
             xt, is_mask = corrupt(x0, t, cfg, g)
             ce = masked_ce(model, x0, xt, get_schedule(cfg.schedule)[0](t), is_mask)
-            total += (grid[k] - grid[k - 1]) / grid[k] * ce.double().sum(1).cpu()  # (E5)
+            total += (grid[k] - grid[k - 1]) / grid[k] * ce.cpu().double().sum(1)  # (E5)
     return total
 
 

