@@ -74,7 +74,7 @@ def parse(Config, presets, argv, doc, default=None):
     except SystemExit as stop:
         if not stop.code:
             raise
-        box = re.sub("[│╭╮╰╯]", " ", heard.getvalue()).strip().partition("\n")[2]  # under a title
+        box = re.sub("[│╭╮╰╯]", " ", heard.getvalue()).strip().partition("\n")[2]  # below its title
         said = [" ".join(part.split()).removeprefix("Error parsing Config: ")
                 for part in re.split("[─-]{4,}", box)]
         said = [part for part in said if part and not part.startswith(("Argument", "For full"))]
@@ -520,33 +520,36 @@ def filmstrip(film, tokenizer, frames=6, width=96, lines=3):
 
 # ------------------------------------------------------------------------------------ figures
 
-def _axes(width, height):
+def _axes(width, height, panels=1):
     from matplotlib.figure import Figure  # without pyplot: a notebook keeps its own settings
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
-    return figure, figure.subplots()
+    return figure, figure.subplots(panels, 1, sharex=True)
 
 
 def plot_loss(path, rows):
-    """loss.png: training loss and validated likelihood against steps, the entropy as a line."""
-    figure, axes = _axes(7, 4.2)
+    """loss.png: validated likelihood with the entropy as a line; below it the training loss, which
+    may be averaged over other positions and is not to be compared with the entropy."""
+    figure, (top, bottom) = _axes(7, 6, 2)
     train = [row for row in rows if row["kind"] == "train"]
     val = [row for row in rows if row["kind"] == "val"]
-    axes.plot([r["step"] for r in train], [r["loss"] for r in train], lw=0.6, alpha=0.5,
-              color="tab:gray", label="training loss")
     kind = "exact" if val[-1]["bound"] == "exact" else "upper bound"
-    axes.errorbar([r["step"] for r in val], [r["nats_per_token"] for r in val],
-                  [2 * r["nats_per_token_se"] for r in val], marker="o", ms=4, capsize=2,
-                  color="tab:blue", label=f"validation ({kind}, 2 SE)")
+    top.errorbar([r["step"] for r in val], [r["nats_per_token"] for r in val],
+                 [2 * r["nats_per_token_se"] for r in val], marker="o", ms=4, capsize=2,
+                 label=f"validation ({kind}), 2 SE")
     if "floor_per_doc" in val[-1]:
         floor = val[-1]["nats_per_token"] * val[-1]["floor_per_doc"] / val[-1]["nats_per_doc"]
-        axes.axhline(floor, ls="--", color="tab:green", label=f"entropy {floor:.3f}")
-    axes.set(xlabel="step", ylabel="nats per token", yscale="log", title=path.parent.name)
-    ticks = [t for t in (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24) if t <= 1.1 * max(
-        r["nats_per_token"] for r in val)]
-    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend()
+        top.axhline(floor, ls="--", color="tab:green", label=f"entropy {floor:.3f}")
+    bottom.plot([r["step"] for r in train], [r["loss"] for r in train], lw=0.6, color="tab:gray",
+                label="training loss")
+    top.set(ylabel="nats per token", yscale="log", title=path.parent.name)
+    bottom.set(xlabel="step", ylabel="nats per position in the loss", yscale="log")
+    for axes in (top, bottom):
+        low, high = axes.get_ylim()
+        ticks = [t for t in (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16) if low < t < high]
+        axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
     replace(path, lambda p: figure.savefig(p, format="png"))
 
 

@@ -33,16 +33,19 @@ def seconds(work, repeats=7):
 
 
 def plain_attend(q, k, v, causal):
+    """PyTorch's fused attention, as on a GPU."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
 def plain_ar(model, x0, cfg, g):
+    """ar.loss_fn the plain way: whole rows, logits everywhere."""
     inputs = torch.cat((torch.full_like(x0[:, :1], cfg.bos), x0[:, :-1]), 1)
     ce = F.cross_entropy(model(inputs).flatten(0, 1), x0.flatten(), reduction="none")
     return ce[ar.charged(x0, cfg).flatten()].mean(), {}
 
 
 def plain_mdlm(model, x0, cfg, g):
+    """mdlm.loss_fn the plain way: logits everywhere."""
     n = torch.arange(1, len(x0) + 1) * cfg.seq_len // len(x0)
     xt, is_mask = mdlm.corrupt_count(x0, n, cfg, g)
     ce = F.cross_entropy(model(xt, n / cfg.seq_len).flatten(0, 1), x0.flatten(), reduction="none")
@@ -85,6 +88,7 @@ def train_speed(script, plain):
 
 
 def main():
+    """Measure everything, write speed.json and print it."""
     device = torch.device("cpu")
     a = torch.randn(2048, 2048, dtype=torch.bfloat16)
     out = dict(command="python results/speed.py", seed=0, torch=torch.__version__,

@@ -492,10 +492,10 @@ def test_the_command_line_as_a_user_runs_it(stories, cache):
     both = [start(stories[0], "--vocab-size", "300", "--cache", cache) for _ in range(2)]
     hub = start("tinystories", "--cache", cache, HF_ENDPOINT="http://127.0.0.1:9",
                 HF_HUB_OFFLINE="", HF_HOME=str(cache / ".hf"))
-    outs = [p.communicate(timeout=100) for p in both]
+    outs = [p.communicate(timeout=600) for p in both]
     assert [p.returncode for p in both] == [0, 0], outs
     assert outs[0][0] == outs[1][0] and "bytes/token" in outs[0][0] and "first: Story" in outs[0][0]
-    out, err = hub.communicate(timeout=100)
+    out, err = hub.communicate(timeout=600)
     assert hub.returncode == 2 and out == "" and err.count("\n") == 1, err    # and no retries
     assert "roneneldan/TinyStories" in err and "python data/prepare.py tinystories" in err
     assert len([n for n in leftovers(cache) if n != ".hf"]) == 1
@@ -519,7 +519,7 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_finished(how, tmp_
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     process.send_signal(how)
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=600)
     left = leftovers(cache)
     if how == signal.SIGINT:
         assert process.returncode == 130 and "Traceback" not in err and not left
