@@ -426,7 +426,8 @@ def test_every_command_that_is_written_down_is_understood(command, monkeypatch, 
         with pytest.raises(Enough):
             tales.main(argv)
     else:
-        assert path == "results/collect.py" and len(argv) == 2, f"nobody checks {command}"
+        arguments = {"results/collect.py": 2, "results/speed.py": 0}
+        assert arguments.get(path) == len(argv), f"nobody checks {command}"
 
 
 def test_there_are_commands_to_check():
