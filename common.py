@@ -297,7 +297,8 @@ class Run:
         if self.rank == 0:
             with self.amp:
                 row = evaluate()
-            self.log("val", step, **row)
+            seen = step * self.cfg.grad_accum * self.cfg.batch_size * self.cfg.seq_len
+            self.log("val", step, tokens=seen, **row)
             self.say(f"step {step:5d}  {report(row)}")
             self.shown |= dict(val=row["nats_per_token"])
         self.clock = time.time()

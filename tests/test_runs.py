@@ -316,8 +316,9 @@ def test_the_log_has_the_documented_fields(script, straight):
     seconds = [row["seconds"] for row in log(out, "train")]
     assert seconds == sorted(seconds) and seconds[0] > 0
     for row in log(out, "val"):
-        assert row.keys() == {"kind", "step", "bound", "rows", "nats_per_token",
+        assert row.keys() == {"kind", "step", "tokens", "bound", "rows", "nats_per_token",
                               "nats_per_token_se", "bits_per_byte"}
+        assert row["tokens"] == row["step"] * cfg.batch_size * cfg.seq_len
         assert row["bound"] == {"ar": "exact"}.get(script.NAME, "upper")
         assert math.isclose(row["bits_per_byte"], row["nats_per_token"] / math.log(2) *
                             row["rows"] * cfg.seq_len / size_in_bytes(script, cfg), rel_tol=1e-5)
