@@ -524,7 +524,7 @@ def _make(folder, build, say):
 
 
 def _sync(path):
-    if os.name == "nt" and path.is_dir():   # Windows opens no folders
+    if os.name == "nt":             # Windows syncs neither folders nor files opened to be read
         return
     file = os.open(path, os.O_RDONLY)
     os.fsync(file)

@@ -1,0 +1,47 @@
+"""The numbers of the README are those of results/, and those say what made them."""
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "results").glob("*.jsonl"))
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def rows(path, kind):
+    return [row for row in map(json.loads, path.read_text("utf-8").splitlines())
+            if row["kind"] == kind]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_a_result_says_what_made_it(path):
+    made, = rows(path, "config")
+    assert {"command", "step", "device", "dtype", "threads", "torch", "machine",
+            "tokenizer"} <= made["run"].keys()
+    assert made["config"]["steps"] == made["run"]["step"] == rows(path, "val")[-1]["step"]
+    assert "data_dir" not in made["config"] and made["config"]["seed"] == 1337
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_the_readme_shows_the_last_evaluation_of_a_result(path):
+    last, sign = rows(path, "val")[-1], {"exact": "=", "upper": "<="}
+    line, = [li for li in README.splitlines() if f"results/{path.name})" in li and li[0] == "|"]
+    assert f"| {sign[last['bound']]} {last['nats_per_doc']:.1f} ± {last['se']:.1f} |" in line
+    assert f"{last['gap']:.1f} ± {last['gap_se']:.1f} ({last['gap'] / last['floor_per_doc']:+.1%})" \
+        in line
+    assert f"{sign[last['bound']]} {last['nats_per_token']:.3f} |" in README
+    sample = rows(path, "samples")[-1]
+    assert f"| {sample['known']:.2f} | {sample['agree']:.2f} |" in line
+
+
+def test_the_tokenizer_of_the_results_is_the_one_in_the_repository():
+    from data.prepare import load_tokenizer
+    stored = load_tokenizer(ROOT / "data" / "tales_bpe.json").fingerprint
+    assert {rows(path, "config")[0]["run"]["tokenizer"] for path in FILES} == {stored}
+
+
+def test_the_line_counts_of_the_readme_are_those_of_the_scripts():
+    for name, count in re.findall(r"^\| \[`(\w+\.py)`\]\(\1\) \| (\d+) \|", README, re.M):
+        assert len((ROOT / name).read_text("utf-8").splitlines()) == int(count)
