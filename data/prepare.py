@@ -189,7 +189,9 @@ def train_tales_tokenizer():
 def load_tokenizer(path):
     """The tokenizer of a prepared folder, or of a file that Tokenizer.save wrote."""
     path = Path(path)
-    return Tokenizer(json.loads((path / "tokenizer.json" if path.is_dir() else path).read_text()))
+    path = path / "tokenizer.json" if path.is_dir() else path
+    with hint(f"{path} is missing or broken", "delete its folder and run again"):
+        return Tokenizer(json.loads(path.read_text()))
 
 
 def _gpt2(n):

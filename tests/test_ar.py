@@ -241,7 +241,8 @@ def test_infilling_from_the_left_ignores_the_right():
         got = ar.infill_left(model, x0, i, config(seq_len=4))
         for b in range(2):
             same = (rows[:, :i] == x0[b, :i]).all(1)
-            want = torch.stack([p[same & (rows[:, i] == v)].sum() for v in range(3)]) / p[same].sum()
+            want = torch.stack([p[same & (rows[:, i] == v)].sum() for v in range(3)])
+            want = want / p[same].sum()
             assert torch.allclose(got[b].exp().double(), want, atol=1e-6)
 
 
@@ -258,7 +259,8 @@ def test_infilling_by_bayes_is_the_enumerated_posterior(rows):
         for i in range(4):
             others = torch.arange(4) != i
             same = (every[:, others] == x0[others]).all(1)
-            posterior = torch.zeros(3, dtype=torch.float64).index_add(0, every[same, i], joint[same])
+            posterior = torch.zeros(3, dtype=torch.float64)
+            posterior.index_add_(0, every[same, i], joint[same])
             got = ar.infill_exact(model, x0, i, cfg, chunk=2).exp()
             assert torch.allclose(got, posterior / posterior.sum(), atol=1e-6)
             checked += 1
