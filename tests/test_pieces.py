@@ -130,7 +130,7 @@ def test_filters_equal_brute_force(script):
 def test_filters_at_their_edges(script):
     """Ties at the k-th place stay; top-p below the largest probability keeps one token and always
     the one that crosses it; temperature 0 is the argmax; the order of the three matters; bfloat16
-    in,    float32 out."""
+    in, float32 out."""
     def kept(logits, temperature=1.0, top_k=0, top_p=1.0):
         cfg = SimpleNamespace(temperature=temperature, top_k=top_k, top_p=top_p)
         out = script.filter_logits(torch.tensor([logits]), cfg)
@@ -264,7 +264,8 @@ def test_rows_with_everything_or_nothing_masked_give_finite_gradients(script):
     x0 = torch.randint(11, (6, 8), generator=generator(1))
     x0[0] = 0
     for changes in ([dict(rows="docs"), dict(rows="stream")] if script is ar else
-                    [dict(loss=name, exact_count=False) for name in ("ce_seq", "ce_batch", "nelbo")]):
+                    [dict(loss=loss, exact_count=False) for loss in
+                     ("ce_seq", "ce_batch", "nelbo")]):
         cfg = config(script, **changes)
         model = network(script, cfg)
         for seed in range(8):  # with Bernoulli masks and eight tokens, some rows are untouched
