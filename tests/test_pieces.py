@@ -20,7 +20,7 @@ BOTH = pytest.mark.parametrize("script", [ar, mdlm], ids=["ar", "mdlm"])
 
 def config(script, **changes):
     return script.Config(**(dict(vocab_size=11, seq_len=8, n_layer=2, n_head=2, n_embd=16,
-                                 rows="stream", eos=0, bos=0, lr=1e-2, warmup=10) | changes))
+                                 rows="stream", eos=0, bos=0, lr=4e-3, warmup=10) | changes))
 
 
 def network(script, cfg, shake=0.3, seed=0):
@@ -36,7 +36,7 @@ def fit(script, model, cfg, batch, steps, g):
     optimizers, cfg.steps = script.make_optimizers(model, cfg), steps
     for step in range(steps):
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-            group["lr"] = script.get_lr(step, cfg)
+            group["lr"] = script.get_lr(step, cfg) * group["scale"]
         script.loss_fn(model, batch(), cfg, g)[0].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
