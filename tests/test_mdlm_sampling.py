@@ -41,7 +41,7 @@ def test_binomial_quotas_are_the_ancestral_sampler(name, steps):
 def test_a_thousand_steps_cost_at_most_one_call_per_token():
     """(E6) the law of 1000 ancestral steps at 3 network calls for any number of rows."""
     model = MaskTable(seed=7)
-    _, counts, info = draw(model, config(quota="binomial", sampling_steps=1000))
+    _, counts, info = draw(model, config(quota="binomial", sampling_steps=1000), 15_000)
     steps = ancestral(model, [k / 1000 for k in range(1001)])
     assert chi_square(counts, law(model, steps)) > 1e-3 and info["nfe"] == 3
 

@@ -169,8 +169,8 @@ def tail_bins(draws, p, edges=(0, 1, 3, 10, 30, 100, 300, 1000, 1500, 2000, 2700
 def one_stage(p, r, trials, g, bits=24):
     """Museum piece: one argmax of q / E over the tokens, q = r p, and the mask, q = 1 - r, with
     E = -log U and U on the grid of float32's torch.rand, 2^-24. Returns the tokens that won. Only
-    E below 2^-10 is drawn: larger values never beat the mask here."""
-    near = 2 ** (bits - 10)
+    E below 16 q is drawn: larger ones beat the mask with probability e^-16."""
+    near = int(16 * r * p.max() * 2 ** bits) + 1
     hits = int(np.random.default_rng(0).binomial(trials * len(p), near / 2 ** bits))
     trial, token = (torch.randint(many, (hits,), generator=g) for many in (trials, len(p)))
     U = 1 - torch.randint(1, near + 1, (hits,), generator=g) / 2 ** bits
@@ -197,7 +197,7 @@ def test_the_float32_one_stage_sampler_loses_the_tail():
     """The same check refuses it at a reveal probability of 1/1000, as in 1000 steps; its law is
     p kappa(p), kappa = c / (e^c - 1), c = 1 / (p r 2^24)."""
     p, r = zipf(5000), 1e-3
-    counts, law = tail_bins(one_stage(p, r, 2_000_000, generator(1)), p)
+    counts, law = tail_bins(one_stage(p, r, 1_500_000, generator(1)), p)
     assert counts.sum() > 1000 and chi_square(counts, law) < 1e-6
     c = 1 / (p * r * 2 ** 24)
     kappa = c / torch.expm1(c)
@@ -205,13 +205,13 @@ def test_the_float32_one_stage_sampler_loses_the_tail():
     assert chi_square(counts, law) > 1e-3
 
 
-@pytest.mark.parametrize("c", [0.25, 1.0, 2.0])
+@pytest.mark.parametrize("c", [0.5, 1.0, 3.0])
 def test_the_closed_form_of_the_lost_tail_matches_a_coarse_grid(c):
-    """One token, noise on a grid of 2^-16: it wins r kappa of the time; on a fine grid, r."""
-    r, trials = 1 / (c * 2 ** 16), 4_000_000
-    for bits, kappa in ((16, c / math.expm1(c)), (24, 1.0)):
+    """One token, noise on a grid of 2^-12: it wins r kappa of the time; on a fine grid, r."""
+    r, trials = 1 / (c * 2 ** 12), 10_000_000
+    for bits, kappa in ((12, c / math.expm1(c)), (24, 1.0)):
         won = len(one_stage(torch.ones(1), r, trials, generator(2), bits)) / trials
-        assert abs(won / (r * kappa) - 1) < 5 / math.sqrt(trials * r * kappa) + 1e-2
+        assert abs(won / (r * kappa) - 1) < 5 / math.sqrt(trials * r * kappa)
 
 
 @BOTH
@@ -295,11 +295,12 @@ def test_bfloat16_autocast_stays_close_to_float32(script):
 
 
 def sticky_rows(n, T, g, stay=0.9):
-    """Two states, each kept with probability 0.9; and the entropy of a row in nats."""
+    """Two states; each token repeats the one two places before it with probability 0.9, so that
+    only attention can find it; and the entropy of a row in nats."""
     change = torch.rand(n, T, generator=g) < 1 - stay
-    change[:, 0] = torch.rand(n, generator=g) < 0.5
-    entropy = math.log(2) - (T - 1) * (stay * math.log(stay) + (1 - stay) * math.log(1 - stay))
-    return change.cumsum(1) % 2, entropy
+    change[:, :2] = torch.rand(n, 2, generator=g) < 0.5
+    entropy = 2 * math.log(2) - (T - 2) * (stay * math.log(stay) + (1 - stay) * math.log(1 - stay))
+    return change.view(n, T // 2, 2).cumsum(1).view(n, T) % 2, entropy
 
 
 @BOTH
@@ -314,8 +315,8 @@ def test_it_learns_a_two_state_language_to_its_entropy(script):
     nats = script.nelbo(model, x0, cfg, generator(3))[0]
     gap, se = (nats.mean().item() - entropy) / T, nats.std().item() / T / 4000 ** 0.5
     assert -4 * se < gap < 0.05
-    x, _ = script.sample(model, cfg, 4000, generator(4))  # samples change state as often
-    assert (x.diff(dim=1) != 0).float().mean().item() == pytest.approx(0.1, abs=0.03)
+    x, _ = script.sample(model, cfg, 4000, generator(4))  # samples break the rule as often
+    assert (x[:, 2:] != x[:, :-2]).float().mean().item() == pytest.approx(0.1, abs=0.05)
 
 
 @BOTH
@@ -325,7 +326,7 @@ def test_it_learns_rows_by_heart(script):
     cfg = config(script, n_embd=32, bos=8)
     torch.manual_seed(0)
     model, g = script.Model(cfg), generator(1)
-    fit(script, model, cfg, lambda: rows.repeat(4, 1), 250, g)
+    fit(script, model, cfg, lambda: rows.repeat(8, 1), 300, g)
     nats = script.nelbo(model, rows.repeat(50, 1), cfg, generator(2))[0].mean().item()
     assert nats == pytest.approx(math.log(8), abs=0.2)
     x, _ = script.sample(model, cfg, 200, generator(3))
