@@ -85,13 +85,15 @@ def parse(Config, presets, argv, doc, default=None):
 
 def check(cfg):
     """Raise one UserError that lists every value of a Config that cannot work."""
-    least = dict(steps=0, batch_size=1, seq_len=2, n_layer=1, n_head=1, n_embd=1, grad_accum=1, n=1,
+    least = dict(steps=1, batch_size=1, seq_len=2, n_layer=1, n_head=1, n_embd=1, grad_accum=1, n=1,
                  eval_every=1, save_every=1, warmup=0, docs=0, vocab_size=0, sampling_steps=0,
                  grad_clip=0, ema=0, lr=0, top_k=0, temperature=0, top_p=0)
     bad = [f"--{k.replace('_', '-')} is {getattr(cfg, k)}, it must be at least {v}"
            for k, v in least.items() if hasattr(cfg, k) and not getattr(cfg, k) >= v]
     if getattr(cfg, "top_p", 1) > 1:
         bad.append(f"--top-p is {cfg.top_p}, it must be at most 1")
+    if not getattr(cfg, "repetition_penalty", 1) > 0:
+        bad.append(f"--repetition-penalty is {cfg.repetition_penalty}, it must be more than 0")
     if not cfg.ema < 1:
         bad.append(f"--ema is {cfg.ema}, it must be less than 1")
     if cfg.n_head and cfg.n_embd % (2 * cfg.n_head):
