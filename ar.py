@@ -419,11 +419,12 @@ def make_optimizers(model, cfg):
     """Muon for the matrices inside the blocks, AdamW for the rest. A group's rate is `scale` times
     the scheduled one: embeddings want ten times as much, head and gains three (see LOG.md)."""
     hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
-    apart = set(map(id, [*hidden, model.wte.weight]))
+    embed = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    apart = set(map(id, [*hidden, *embed]))
     rest = [p for p in model.parameters() if id(p) not in apart]
     return [torch.optim.Muon([dict(params=hidden, scale=1.0)], cfg.lr, weight_decay=0.05,
                              adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW([dict(params=[model.wte.weight], scale=10.0),
+            torch.optim.AdamW([dict(params=embed, scale=10.0),
                                dict(params=rest, scale=3.0)], cfg.lr, betas=(0.9, 0.98),
                               weight_decay=0.0)]
 

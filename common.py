@@ -87,11 +87,12 @@ def check(cfg):
     """Raise one UserError that lists every value of a Config that cannot work."""
     least = dict(steps=1, batch_size=1, seq_len=2, n_layer=1, n_head=1, n_embd=1, grad_accum=1, n=1,
                  eval_every=1, save_every=1, warmup=0, docs=0, vocab_size=0, sampling_steps=0,
-                 grad_clip=0, ema=0, lr=0, top_k=0, temperature=0, top_p=0)
+                 grad_clip=0, ema=0, lr=0, top_k=0, temperature=0, top_p=0, threshold=0, guidance=0,
+                 block=0, length=0, remask_eta=0, eval_seeds=1)
     bad = [f"--{k.replace('_', '-')} is {getattr(cfg, k)}, it must be at least {v}"
            for k, v in least.items() if hasattr(cfg, k) and not getattr(cfg, k) >= v]
-    if getattr(cfg, "top_p", 1) > 1:
-        bad.append(f"--top-p is {cfg.top_p}, it must be at most 1")
+    bad += [f"--{k.replace('_', '-')} is {getattr(cfg, k)}, it must be at most 1"
+            for k in ("top_p", "threshold", "remask_eta") if getattr(cfg, k, 0) > 1]
     if not getattr(cfg, "repetition_penalty", 1) > 0:
         bad.append(f"--repetition-penalty is {cfg.repetition_penalty}, it must be more than 0")
     if not cfg.ema < 1:
@@ -447,6 +448,28 @@ def encode_prompt(tokenizer, cfg):
     return torch.tensor(ids, dtype=torch.long)
 
 
+def encode_infill(tokenizer, cfg):
+    """--infill -> ids (n, T), T <= seq_len, with id vocab_size where a token is wanted. `___` is
+    one token, `___5` five; the spaces before it belong to it. Where the text ends in ___ the rest
+    of the row is wanted; else the document ends there. A UserError if it does not fit."""
+    if cfg.prompt:
+        raise UserError("--prompt and --infill exclude each other: begin --infill with the prompt")
+    parts = re.split(r" *___(\d*)", cfg.infill)
+    if len(parts) == 1:
+        raise UserError("--infill has no hole: write ___ where one token is wanted, ___5 for five")
+    ids = tokenizer.encode(parts[0])
+    for count, text in zip(parts[1::2], parts[2::2]):
+        ids += int(count or 1) * [cfg.vocab_size] + tokenizer.encode(text)
+    if len(ids) >= cfg.seq_len:
+        raise UserError(f"--infill has {len(ids)} tokens but a row has room for {cfg.seq_len - 1}: "
+                        "shorten it")
+    if parts[-1] == "" and parts[-2] == "":
+        ids += [cfg.vocab_size] * (cfg.seq_len - len(ids))
+    elif cfg.rows == "docs":
+        ids += [cfg.eos] * (cfg.seq_len - len(ids))
+    return torch.tensor([ids] * cfg.n)
+
+
 def show_samples(run, cfg, tokenizer, step, x, trace, info, seconds=None):
     """Print samples x (n, T) and, if there is a trace, its film; write samples.txt and trace.png.
     With `seconds` the samples are a measurement: graded and logged, and only two are printed."""
@@ -461,13 +484,46 @@ def show_samples(run, cfg, tokenizer, step, x, trace, info, seconds=None):
     for text in texts[:2] if seconds else texts:
         run.say(text + "\n")
     if seconds:
-        marks = (judge_tales(texts) if cfg.data == "tales" else {}) | text_metrics(rows)
+        marks = measure(x, cfg, tokenizer)
         steps = getattr(cfg, "sampling_steps", 0) or cfg.seq_len
         run.log("samples", step, n=len(texts), sampling_steps=steps, seconds=seconds, **info,
                 **marks)
-        run.say(f"{len(texts)} samples in {seconds:.1f} s: " + ", ".join(
-            f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}"
-            for k, v in (info | marks).items() if v is not None))
+        run.say(f"{len(texts)} samples in {seconds:.1f} s: {figures(info | marks)}")
+
+
+def figures(row):
+    """A dictionary of figures as text."""
+    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
+                     for k, v in row.items() if v is not None)
+
+
+def measure(x, cfg, tokenizer, judge=None):
+    """What rows x (n, T) are worth as text: the grammar's marks on tales, the judge's nats a token
+    (a proxy: read it beside the entropy, which repetition lowers), diversity."""
+    rows = tokens_of(x, cfg)
+    marks = judge_tales(map(tokenizer.decode, rows)) if cfg.data == "tales" else {}
+    if judge:
+        script, model, theirs = judge
+        ended = x.cpu().clone()
+        for row, tokens in zip(ended, rows):
+            row[len(tokens):] = cfg.eos  # what follows the first EOS is not part of the text
+        nats = script.nll(model, ended.to(next(model.parameters()).device), theirs)[0].sum().item()
+        count = sum(map(len, rows)) + (len(rows) if cfg.rows == "docs" else 0)
+        marks |= dict(judge=nats / max(1, count))
+    return marks | text_metrics(rows)
+
+
+def load_judge(out, tokenizer, run):
+    """The run of ar.py in folder `out` as (its script, model, Config), or None if there is none."""
+    if not (Path(out) / "config.json").exists():
+        run.say(f"no judge in {out}: train ar.py, or name its folder with --judge")
+        return None
+    import ar
+    cfg = load_config(ar.Config, out)
+    check_tokenizer(out, tokenizer)
+    model = ar.Model(cfg).to(run.device).requires_grad_(False)
+    load_weights(model, out)
+    return ar, model, cfg
 
 
 def text_metrics(rows):
@@ -553,6 +609,51 @@ def plot_loss(path, rows):
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend()
+    replace(path, lambda p: figure.savefig(p, format="png"))
+
+
+def plot_integrand(path, rate, cost, cfg):
+    """integrand.png: mean nats of a hidden token against the share that is hidden; the area under
+    it is the bound per position. rate, cost: (rows, K)."""
+    figure, axes = _axes(7, 4)
+    cell = (rate.flatten() * 20).ceil().clamp(1, 20)
+    means = [(k / 20 - 0.025, cost.flatten()[cell == k]) for k in range(1, 21) if (cell == k).any()]
+    x, y, e = zip(*((k, c.mean().item(), 2 * se(c)) for k, c in means))
+    area = cost.mean().item()
+    axes.errorbar(x, y, e, marker="o", ms=4, capsize=2, label="cost of a hidden token, 2 SE")
+    axes.fill_between(x, y, alpha=0.2, label=f"area = bound <= {area:.3f} nats per position")
+    axes.set(xlabel="mask rate", ylabel="nats per hidden token", xlim=(0, 1), ylim=(0, None),
+             title=f"{path.parent.name}: the bound is the area ({cfg.rows} rows of {cfg.seq_len})")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    replace(path, lambda p: figure.savefig(p, format="png"))
+
+
+def plot_quality(path, rows, real):
+    """quality.png: quality and diversity of samples against network calls, a line per order (mean
+    and range over seeds); dashed: real documents. rows: `samples` rows of the log."""
+    names = {"valid": "share valid", "known": "share of known sentences",
+             "judge": "nats/token, by ar.py", "entropy": "unigram entropy, nats"}
+    names = {key: label for key, label in names.items() if rows[0].get(key) is not None}
+    figure, panels = _axes(7, 2.3 * len(names), len(names))
+    panels = panels if len(names) > 1 else [panels]
+    for axes, (key, label) in zip(panels, names.items()):
+        for order in dict.fromkeys(row["order"] for row in rows):
+            points = {}
+            for row in (row for row in rows if row["order"] == order):
+                points.setdefault(row["sampling_steps"], []).append((row["nfe"], row[key]))
+            x = [sum(n for n, _ in p) / len(p) for p in points.values()]
+            y = [[v for _, v in p] for p in points.values()]
+            line, = axes.plot(x, [sum(v) / len(v) for v in y], marker="o", ms=4, label=order)
+            axes.fill_between(x, list(map(min, y)), list(map(max, y)), alpha=0.2,
+                              color=line.get_color(), lw=0)
+        axes.axhline(real[key], ls="--", color="gray", label="real text")
+        axes.set(ylabel=label, xscale="log")
+        axes.set_xticks(x, [f"{n:.0f}" for n in x])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=8, ncols=3)
+    panels[-1].set_xlabel("network calls")
     replace(path, lambda p: figure.savefig(p, format="png"))
 
 

@@ -42,6 +42,7 @@ from common import UserError
 from data.prepare import load_tokenizer, open_split, prepare, verify
 
 NAME, BOUND = "mdlm", "upper"
+NOTE = "log-linear is 1 - (1 - t)^2 here; what SEDD and MDLM call loglinear is linear here"
 
 # ----------------------------------------------------------------------------------------------
 # 1. config
@@ -89,16 +90,37 @@ class Config:
     t_sampler: Literal["iid", "stratified", "systematic", "antithetic"] = "systematic"  # draws of t
     exact_count: bool = True  # mask exactly n tokens instead of each with probability gamma
     cond: Literal["none", "add", "table", "adaln"] = "none"  # how the network is told the mask rate
-    order: Literal["random", "maxprob"] = "random"  # which masked positions are revealed first
-    quota: Literal["even", "binomial"] = "even"  # how many per step: N/steps, or ancestral (E6)
-    sampling_steps: int = 0  # 0 = one token per step
+    order: Literal["random", "l2r", "maxprob", "margin", "entropy", "sampled"] = "random"  # see 5.
+    quota: Literal["even", "grid", "binomial", "one", "threshold"] = "even"  # how many in a step
+    sampling_steps: int = 0  # steps of quotas even, grid (along --grid), binomial; 0 = quota one
+    grid: str = "linear"  # mask rates of the steps of quotas grid and binomial, see --schedule
+    threshold: float = 0.9  # quota threshold: reveal every position whose best token is this sure
+    guidance: float = 0.0  # classifier-free guidance by the given text (E8); 0 = off
+    block: int = 0  # write so many tokens at a time, block by block from the left; 0 = all
+    cache: Literal["none", "prefix", "dual"] = "none"  # keep keys and values within a block
+    remask: Literal["none", "cap", "rescale", "conf"] = "none"  # hide written tokens again (E9)
+    remask_eta: float = 0.1  # probability of that: at most (cap, conf), share of most (rescale)
+    eos_fill: bool = False  # after the first EOS of a row everything is EOS, without a call
+    eos_last: bool = False  # reveal positions whose likeliest token is EOS after all others
+    length: int = 0  # tokens to write, 0 = one row; beyond seq_len in blocks
+    infill: str = ""  # "Once ___ a ___3 who": holes of one and three tokens, then the end
+    judge: str = "out/ar"  # eval: the run of ar.py that judges samples
+    eval_orders: str = "random,maxprob,margin,entropy"  # eval: orders to compare
+    eval_seeds: int = 1  # eval: repetitions of every sampling setting
     # filled in from the data
     eos: int = -1  # end of document; also BOS where the tokenizer has no other
     bos: int = -1  # first input
     data_dir: str = ""  # where the prepared data are
 
     def __post_init__(self):
-        get_schedule(self.schedule)  # an unknown name stops here, before anything is trained
+        for name in (self.schedule, self.grid):  # what cannot work stops here, before any training
+            get_schedule(name)
+        if self.cache != "none" and self.guidance:
+            raise ValueError("--cache keeps no keys for the second network call of --guidance: "
+                             "choose one of the two")
+        if self.remask != "none" and self.quota == "threshold":
+            raise ValueError("--remask follows a plan of mask rates, --quota threshold has none: "
+                             "choose another quota")
 
 
 PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256, lr=2e-3),
@@ -248,13 +270,15 @@ class Block(nn.Module):
 
 class Model(nn.Module):
     """Bidirectional transformer: ids (B, T) in 0..V, where V is the mask, and mask rates gamma (B,)
-    -> logits (B, T, V), or (len(where), V) for `where`, a boolean (B, T) that names the positions
-    whose logits are wanted (the head is the largest matrix)."""
+    -> logits (B, T, V), or (n, V) for a boolean `where` (B, T) that names the n positions whose
+    logits are wanted (the head is the largest matrix). `past`: a list per layer of [k, v] that is
+    attended to as well and extended in place; `at` (T,): positions of idx, unless 0 ... T-1."""
 
     def __init__(self, cfg):
         super().__init__()
         self.head_width, self.cond = cfg.n_embd // cfg.n_head, cfg.cond
         self.wte = nn.Embedding(cfg.vocab_size + 1, cfg.n_embd)
+        self.wpe = nn.Embedding(cfg.seq_len, cfg.n_embd)  # else an all-mask row has no positions
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.n_embd)
         self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
@@ -274,14 +298,15 @@ class Model(nn.Module):
         h = F.silu(self.noise_in(torch.cat((angle.cos(), angle.sin()), 1)))
         return (h if self.cond == "adaln" else self.noise_head(h))[:, None]
 
-    def forward(self, idx, gamma, where=None):
-        rope = rotary(torch.arange(idx.shape[1], device=idx.device), self.head_width)
-        x = self.wte(idx)  # (B, T, C)
+    def forward(self, idx, gamma, where=None, past=None, at=None):
+        at = torch.arange(idx.shape[1], device=idx.device) if at is None else at
+        rope, past = rotary(at, self.head_width), past or [None] * len(self.blocks)
+        x = self.wte(idx) + self.wpe(at)  # (B, T, C)
         noise = self.embed_noise(gamma) if self.cond != "none" else None
         if self.cond in ("add", "table"):
             x = x + noise
-        for block in self.blocks:
-            x = block(x, rope, False, None, noise)
+        for block, kv in zip(self.blocks, past):
+            x = block(x, rope, False, kv, noise)
         x = self.norm(x)
         return self.head(x if where is None else x[where])
 
@@ -299,13 +324,15 @@ def init_weights(model):
 # 4. corrupt and loss
 # ----------------------------------------------------------------------------------------------
 
-SCHEDULES = {  # name: mask rate gamma(t), its derivative, its inverse
+SCHEDULES = {  # name: mask rate gamma(t), its derivative, its inverse; weights: (E3)
     "linear": (lambda t: t, torch.ones_like, lambda y: y),
     # 1 - cos(pi t / 2), written so that nothing cancels at small t
     "cosine": (lambda t: 2 * (math.pi / 4 * t).sin() ** 2,
                lambda t: math.pi / 2 * (math.pi / 2 * t).sin(),
                lambda y: 2 / math.pi * (1 - y).acos()),
     "log-linear": (lambda t: t * (2 - t), lambda t: 2 * (1 - t), lambda y: 1 - (1 - y).sqrt()),
+    "mdlm-loglinear": (lambda t: 0.999 * t, lambda t: 0.999 * torch.ones_like(t),
+                       lambda y: y / 0.999),  # with its cut-off: never quite everything is masked
     "maskgit": (lambda t: (math.pi / 2 * t).sin(), lambda t: math.pi / 2 * (math.pi / 2 * t).cos(),
                 lambda y: 2 / math.pi * y.asin()),
 }
@@ -316,10 +343,13 @@ def get_schedule(name):
     if name.startswith("power") and name[5:].replace(".", "", 1).isdigit() and float(name[5:]) > 0:
         k = float(name[5:])
         return lambda t: t ** k, lambda t: k * t ** (k - 1), lambda y: y ** (1 / k)
+    if name in ("loglinear", "log_linear"):
+        raise ValueError(f"schedule '{name}' is ambiguous: in SEDD and MDLM it means mask rate "
+                         "(1 - eps) t (mdlm-loglinear; without eps: linear), elsewhere "
+                         "1 - (1 - t)^2 (log-linear)")
     if name not in SCHEDULES:
-        raise ValueError(f"unknown schedule '{name}': choose {', '.join(SCHEDULES)} or powerK "
-                         "(what papers call loglinear has mask rate t: linear here; log-linear "
-                         "here is 1 - (1 - t)^2)")
+        raise ValueError(f"unknown schedule '{name}': choose {', '.join(SCHEDULES)} or powerK; "
+                         "MD4's cosine is maskgit here, its polynomials are powerK")
     return SCHEDULES[name]
 
 
@@ -396,31 +426,50 @@ def loss_fn(model, x0, cfg, g, rows=slice(None)):
     return loss * (B / len(row)), dict(masked=n.float().mean().item())
 
 
-def nelbo(model, x0, cfg, g, K=8):
-    """Upper bound on -log p(x0) in nats per row, (B,), unbiased, and info. K forwards a row with n
-    masks each, n on a comb over 1..T with one random offset per row: no cut-off, low variance."""
-    T, total = x0.shape[1], torch.zeros(len(x0), dtype=torch.float64)
-    u = torch.rand(len(x0), generator=g)
-    with torch.no_grad():
-        for k in range(K):
-            n = (1 + ((k + u) / K * T).floor().long()).clamp(max=T)
-            xt, is_mask = corrupt_count(x0, n, cfg, g)
-            for i in torch.arange(len(x0)).split(64):
-                ce = masked_ce(model, x0[i], xt[i], (n / T)[i], is_mask[i])
-                total[i] += (T / n[i]) * ce.cpu().double().sum(1) / K  # (E4)
-    return total, dict(forwards=K)
+@torch.no_grad()
+def nelbo(model, x0, cfg, g, K=8, frozen=None):
+    """Upper bound on -log p(x0) in nats per row, (B,), unbiased, and info: the counts n and the
+    mean c_i of each, both (B, K). K forwards a row with n masks each, n on a comb over 1..T with
+    one random offset per row: no cut-off, low variance. The boolean `frozen` (B, T) names tokens
+    that are given: the bound is then on -log p(others | given)."""
+    B, T = x0.shape
+    N = (torch.full((B,), T) if frozen is None else (~frozen).sum(1).cpu()).clamp(min=1)
+    u, counts, costs = torch.rand(B, generator=g), [], []
+    for k in range(K):
+        n = torch.minimum(1 + ((k + u) / K * N).floor().long(), N)
+        xt, is_mask = corrupt_count(x0, n, cfg, g, frozen)
+        ce = [masked_ce(model, x0[i], xt[i], (n / T)[i], is_mask[i]).cpu().double().sum(1)
+              for i in torch.arange(B).split(64)]
+        counts.append(n)
+        costs.append(torch.cat(ce) / n)
+    counts, costs = torch.stack(counts, 1), torch.stack(costs, 1)  # (B, K)
+    return N * costs.mean(1), dict(forwards=K, n=counts, cost=costs)  # (E4)
 
 
+@torch.no_grad()
 def nelbo_steps(model, x0, cfg, g, steps):
     """Upper bound on -log p of the `steps`-step ancestral sampler, unbiased: (B,) nats per row."""
-    grid = get_schedule(cfg.schedule)[0](torch.linspace(0, 1, steps + 1, dtype=torch.float64))
+    gamma = get_schedule(cfg.grid)[0](torch.linspace(0, 1, steps + 1, dtype=torch.float64))
+    time_of = get_schedule(cfg.schedule)[2]
     total = torch.zeros(len(x0), dtype=torch.float64)
-    with torch.no_grad():
-        for k in range(1, steps + 1):
-            t = torch.full((len(x0),), k / steps)
-            xt, is_mask = corrupt(x0, t, cfg, g)
-            ce = masked_ce(model, x0, xt, get_schedule(cfg.schedule)[0](t), is_mask)
-            total += (grid[k] - grid[k - 1]) / grid[k] * ce.cpu().double().sum(1)  # (E5)
+    for k in range(1, steps + 1):
+        xt, is_mask = corrupt(x0, time_of(gamma[k]).expand(len(x0)), cfg, g)
+        ce = masked_ce(model, x0, xt, gamma[k].float().expand(len(x0)), is_mask)
+        total += (gamma[k] - gamma[k - 1]) / gamma[k] * ce.cpu().double().sum(1)  # (E5)
+    return total
+
+
+@torch.no_grad()
+def chain_nll(model, x0, cfg, order):
+    """Exact -log p(x0) of the sampler that writes one position after the other in the fixed `order`
+    (T,): nats per row (B,), T forwards. One term of (E4)'s mean over all orders."""
+    xt, total = torch.full_like(x0, cfg.vocab_size), torch.zeros(len(x0), dtype=torch.float64)
+    for i in order:
+        now = torch.zeros(x0.shape, dtype=torch.bool, device=x0.device)
+        now[:, i] = True
+        gamma = (xt == cfg.vocab_size).float().mean(1)
+        total += masked_ce(model, x0, xt, gamma, now).cpu().double().sum(1)
+        xt[:, i] = x0[:, i]
     return total
 
 
@@ -479,57 +528,169 @@ def categorical(logits, g):
     return (cumulative <= u).sum(1).clamp(max=p.shape[1] - 1).to(logits.device)
 
 
-def reveal_counts(todo, steps, cfg, g):
-    """How many positions each call reveals: (B, calls), rows sum to todo.sum(1), zeros come last.
-    even: N / steps. binomial: every masked position draws its own level u and is revealed in the
-    step where the mask rate falls below u: the ancestral sampler. Steps that reveal nothing are
-    never computed: 1000 steps cost at most T calls, for every row of the batch."""
-    B, N = len(todo), todo.sum(1)
-    if cfg.quota == "even":
-        step = torch.arange(steps)
-        counts = N[:, None] // steps + (step < N[:, None] % steps)
+CERTAINTY = {  # order: how certain a position is, from its log p (n, V); the most certain go first
+    "maxprob": lambda logp: logp.amax(1),
+    "margin": lambda logp: logp.topk(2).values.exp() @ logp.new_tensor([1.0, -1.0]),
+    "entropy": lambda logp: (logp.exp() * logp).nan_to_num(0).sum(1),  # 0 log 0 = 0
+}
+
+
+def binomial(count, p, g):
+    """Draws of Binomial(count (n,), p), whole numbers (n,)."""
+    return torch.binomial(count.double(), torch.full(count.shape, p).double(), generator=g).long()
+
+
+def plan(todo, steps, cfg, g):
+    """How many positions each call reveals and how many it hides again: two (B, calls). Every row
+    reveals todo.sum(1) more than it hides. even: N / steps; grid: along the mask rates of cfg.grid;
+    binomial: the ancestral law (E6), (E9). Steps in which nothing happens are left out, row by row
+    and exactly: 1000 steps cost at most T calls."""
+    N = todo.sum(1)
+    one = cfg.quota in ("one", "threshold") or steps == 0
+    steps = max(1, int(N.max())) if one else steps
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    grid = times if one or cfg.quota == "even" else get_schedule(cfg.grid)[0](times)
+    left, show, hide = N, [], []
+    for t, s in zip(grid.tolist(), grid[1:].tolist()):  # mask rates; s < t
+        most = min(1.0, s / (1 - t)) if t < 1 else 0.0  # or P(masked at s) = s would be lost
+        sigma = {"none": 0.0, "rescale": cfg.remask_eta * most}.get(
+            cfg.remask, min(cfg.remask_eta, most))
+        if cfg.quota == "binomial":
+            hide.append(binomial(N - left, sigma, g))
+            rho = (t - s + sigma * (1 - t)) / t  # (E9); with sigma = 0 (E6)
+            show.append(binomial(left, min(rho, 1.0), g))
+        else:
+            goal = torch.minimum(left, (N * s + 1e-6).floor().long())  # masks that are left at s
+            hide.append(torch.minimum((sigma * (N - left)).round().long(), goal))
+            show.append(left - goal + hide[-1])
+        left = left - show[-1] + hide[-1]
+    show, hide = torch.stack(show, 1), torch.stack(hide, 1)
+    idle = (show + hide == 0).long()
+    first = idle.argsort(dim=1, stable=True)[:, :int((1 - idle).sum(1).max())]
+    return show.gather(1, first), hide.gather(1, first)
+
+
+def predict(model, xt, where, cfg, given=None, kept=None, rows=None, span=None):
+    """Logits at the positions `where` of the rows xt (n, T): (count, V). `given`: what guidance
+    hides in its second call, or None. `kept`: this block's cache, a dictionary that the first call
+    fills with the keys and values outside of `span`, of all `rows`; later calls compute only span.
+    The kept ones grow stale as the block fills: an approximation (Wu et al. 2025, section 3)."""
+    gamma = (xt == cfg.vocab_size).float().mean(1)  # as in training, where given tokens count too
+    if kept:
+        mine = torch.searchsorted(kept["rows"], rows)
+        past = [[kv[mine] for kv in layer] for layer in kept["past"]]
+        return model(xt[:, span], gamma, where[:, span], past, span)
+    if cfg.cache != "none":
+        past = [[] for _ in model.blocks]
+        logits = model(xt, gamma, where, past)
+        rest = torch.ones(xt.shape[1], dtype=torch.bool, device=xt.device)
+        rest[span] = False
+        kept.update(rows=rows, past=[[kv[:, :, rest] for kv in layer] for layer in past])
+        return logits
+    logits = model(xt, gamma, where)
+    if given is not None:
+        bare = xt.masked_fill(given, cfg.vocab_size)
+        bare = model(bare, (bare == cfg.vocab_size).float().mean(1), where).float().log_softmax(1)
+        logits = (1 + cfg.guidance) * logits.float().log_softmax(1) - cfg.guidance * bare  # (E8)
+    return logits
+
+
+def best(score, among, count):
+    """The count (n,) positions of highest score among the allowed: boolean (n, T)."""
+    rank = score.masked_fill(~among, -torch.inf).argsort(1, descending=True).argsort(1)
+    return among & (rank < count[:, None])
+
+
+def reveal(model, xt, todo, count, cfg, g, **where):
+    """One call: choose `count` (n,) of the positions `todo` of the rows xt (n, T) and draw their
+    tokens: chosen (n, T), tokens and their log p, both (chosen.sum(),). Positions are chosen before
+    any token is drawn; order "sampled" (Nie et al. 2025) looks at the tokens first, prefers likely
+    ones, and so changes the law even of a perfect network. `where`: what predict needs besides."""
+    # 1. score positions; blind orders do not need the network for it
+    score = torch.rand(todo.shape, generator=g).to(xt.device)
+    blind = cfg.order in ("random", "l2r") and cfg.quota != "threshold"
+    if cfg.order == "l2r":
+        score = -torch.arange(xt.shape[1], device=xt.device).expand_as(todo).float()
+    if not blind:
+        logits = predict(model, xt, todo, cfg, **where)
+        logp = logits.float().log_softmax(1)  # (number masked, V)
+        tokens = categorical(filter_logits(logits, cfg), g) if cfg.order == "sampled" else None
+        if cfg.order == "sampled":
+            score[todo] = logp.gather(1, tokens[:, None])[:, 0]
+        elif cfg.order in CERTAINTY:
+            score[todo] = CERTAINTY[cfg.order](logp) + 1e-6 * score[todo]  # chance breaks ties
+        if cfg.eos_last:
+            score[todo] -= 1e3 * (logp.argmax(1) == cfg.eos)
+    # 2. choose
+    chosen = best(score, todo, count)
+    if cfg.quota == "threshold":
+        chosen[todo] |= logp.amax(1).exp() >= cfg.threshold
+    # 3. draw
+    logits = predict(model, xt, chosen, cfg, **where) if blind else logits[chosen[todo]]
+    if cfg.order == "sampled":
+        tokens = tokens[chosen[todo]]
     else:
-        grid = get_schedule(cfg.schedule)[0](torch.linspace(1, 0, steps + 1, dtype=torch.float64))
-        u = torch.rand(todo.shape, generator=g, dtype=torch.float64)
-        step = torch.searchsorted(-grid[1:], -u, right=False).clamp(max=steps - 1)  # (E6)
-        counts = torch.zeros(B, steps, dtype=torch.long).scatter_add(1, step, todo.long())
-    counts = counts.gather(1, (counts == 0).long().argsort(stable=True, dim=1))
-    return counts[:, :int((counts > 0).sum(1).max())]
+        tokens = categorical(filter_logits(logits, cfg), g)  # (E7)
+    return chosen, tokens, logits.float().log_softmax(1).gather(1, tokens[:, None])[:, 0]
 
 
 @torch.no_grad()
 def sample(model, cfg, n, g, prompt=None, trace=None, start=None):
-    """n rows of T = seq_len ids, (n, T), and info (nfe = network calls). `prompt` (P,) ids begin
-    every row; or `start` (n, T) holds the mask id V where tokens are wanted, and all else is kept.
-    `trace`, a list, receives (call, ids) pairs."""
-    device, M = next(model.parameters()).device, cfg.vocab_size
+    """n rows of T = seq_len (or cfg.length) ids, (n, T), and info (nfe = network calls). `prompt`
+    (P,) ids begin every row; or `start` (n, T) holds the mask id V where tokens are wanted, and all
+    else is kept. `trace`, a list, receives (call, ids) pairs."""
+    device, M, nfe = next(model.parameters()).device, cfg.vocab_size, 0
     # 1. start from masks; what is given stays
-    x = torch.full((n, cfg.seq_len), M, device=device) if start is None else start.clone()
+    x = start
+    if start is None:
+        x = torch.full((n, cfg.length or cfg.seq_len), M, device=device)
+    x = x.clone()
     if prompt is not None:
         x[:, :len(prompt)] = prompt
-    # 2. plan how many positions every call reveals
-    counts = reveal_counts((x == M).cpu(), cfg.sampling_steps or cfg.seq_len, cfg, g).to(device)
+    T, given, logp = x.shape[1], x != M, torch.zeros(x.shape, device=device)
+    guided = cfg.guidance > 0 and bool(given.any())
     if trace is not None:
         trace.append((0, x.cpu().clone()))
-    for k in range(counts.shape[1]):
-        row = counts[:, k].nonzero()[:, 0]  # rows that still have something to reveal
-        xt, todo = x[row], x[row] == M
-        gamma = todo.sum(1) / cfg.seq_len  # as in training, where given tokens count too
-        # 3. choose positions, before any token is drawn: a choice that looked at the drawn token
-        #    would prefer likely ones and change the law
-        score = torch.rand(todo.shape, generator=g).to(device)
-        if cfg.order == "maxprob":
-            logits = model(xt, gamma, todo).float()  # (number masked, V)
-            score[todo] = logits.softmax(1).amax(1)
-        rank = score.masked_fill(~todo, -1).argsort(1, descending=True).argsort(1)
-        chosen = rank < counts[row, k, None]  # (rows, T)
-        logits = logits[chosen[todo]] if cfg.order == "maxprob" else model(xt, gamma, chosen)
-        # 4. draw their tokens, write them
-        xt[chosen] = categorical(filter_logits(logits, cfg), g)  # (E7)
-        x[row] = xt
-        if trace is not None:
-            trace.append((k + 1, x.cpu().clone()))
-    return x, dict(nfe=counts.shape[1])
+    # 2. block by block (one, unless asked for); the network sees seq_len tokens, the block's among
+    #    them: from the first on, or, beyond the context, up to the end of the block
+    size = cfg.block or (T if T <= cfg.seq_len else cfg.seq_len // 2)
+    begins = [a for a in range(0, T, size) if not given[:, a:a + size].all()]
+    for j, a in enumerate(begins):
+        b = min(a + size, T)
+        view = slice(max(0, b - cfg.seq_len), min(T, max(b, cfg.seq_len)))
+        column = torch.arange(view.start, view.stop, device=device)
+        here = (column >= a) & (column < b)  # (columns,)
+        span = (here if cfg.cache == "dual" else column >= a).nonzero()[:, 0]
+        kept = {}
+        # 3. plan what every call reveals and hides
+        steps = cfg.sampling_steps * (j + 1) // len(begins) - cfg.sampling_steps * j // len(begins)
+        show, hide = plan((x[:, a:b] == M).cpu(), max(steps, cfg.sampling_steps > 0), cfg, g)
+        for k in range(show.shape[1]):
+            masked = (x[:, view] == M) & here  # (n, columns)
+            rows = (masked.any(1) & (show[:, k] > 0).to(device)).nonzero()[:, 0]
+            if cfg.remask != "none":  # choose among what was written before this call
+                score = torch.rand(masked.shape, generator=g).to(device)
+                if cfg.remask == "conf":  # with probability ~ exp(-p): the Gumbel trick
+                    score = -(-score.log()).log() - logp[:, view].exp()
+                again = best(score, here & ~masked & ~given[:, view], hide[:, k].to(device))
+            # 4. reveal
+            if len(rows):
+                xt, count = x[rows, view], show[:, k].to(device)[rows]
+                chosen, tokens, sure = reveal(
+                    model, xt, masked[rows], count, cfg, g, kept=kept, rows=rows, span=span,
+                    given=given[rows, view] if guided else None)
+                xt[chosen] = tokens
+                x[rows, view] = xt
+                logp[rows, view] = logp[rows, view].masked_scatter(chosen, sure)
+                nfe += 1 + guided
+            # 5. hide again; the rest of a document that has ended is known
+            if cfg.remask != "none":
+                x[:, view] = x[:, view].masked_fill(again, M)  # (E9)
+            if cfg.eos_fill:
+                x[(x == M) & ((x == cfg.eos).cumsum(1) > 0)] = cfg.eos
+            if trace is not None:
+                trace.append((nfe, x.cpu().clone()))
+    return x, dict(nfe=nfe)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -549,11 +710,12 @@ def make_optimizers(model, cfg):
     """Muon for the matrices inside the blocks, AdamW for the rest. A group's rate is `scale` times
     the scheduled one: embeddings want ten times as much, head and gains three (see LOG.md)."""
     hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
-    apart = set(map(id, [*hidden, model.wte.weight]))
+    embed = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    apart = set(map(id, [*hidden, *embed]))
     rest = [p for p in model.parameters() if id(p) not in apart]
     return [torch.optim.Muon([dict(params=hidden, scale=1.0)], cfg.lr, weight_decay=0.05,
                              adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW([dict(params=[model.wte.weight], scale=10.0),
+            torch.optim.AdamW([dict(params=embed, scale=10.0),
                                dict(params=rest, scale=3.0)], cfg.lr, betas=(0.9, 0.98),
                               weight_decay=0.0)]
 
@@ -595,6 +757,79 @@ def grade(run, model, cfg, step, n=64):
         x, info = sample(model, cfg, n, torch.Generator().manual_seed(cfg.seed), trace=trace)
     common.show_samples(run, cfg, open_data(cfg.data_dir).tokenizer, step, x, trace, info,
                         time.time() - clock)
+
+
+def holes(x0, cfg, g):
+    """What to hide for infilling, name -> boolean (B, T): a single token, a span of five, or the
+    middle third of each document, its first EOS included; and the document itself."""
+    column, u = torch.arange(x0.shape[1], device=x0.device), torch.rand(len(x0), 1, generator=g)
+    size = ((x0 == cfg.eos).cumsum(1) == 0).sum(1, keepdim=True).add(1).clamp(max=x0.shape[1])
+    u, five = u.to(x0.device), size.clamp(max=5)
+    spans = {"token": ((u * size).long(), 1), "span of 5": ((u * (size - five + 1)).long(), five),
+             "middle third": (size // 3, size - 2 * (size // 3)), "document": (0, size)}
+    return {name: (column >= a) & (column < a + n) for name, (a, n) in spans.items()}
+
+
+@torch.no_grad()
+def evaluate_all(run, model, cfg, n=64):
+    """The eval command: bound, masked accuracy, infilling, and samples of few steps in several
+    orders, as rows of log.jsonl and two figures. Greedy predictions and nats are of positions
+    inside documents; `unigram` is the accuracy of always saying the commonest token."""
+    tokenizer, g = open_data(cfg.data_dir).tokenizer, torch.Generator().manual_seed(cfg.seed)
+    # 1. the bound
+    row = evaluate(model, cfg, "test", 500)
+    run.log("test", -1, **row)
+    run.say(f"test, {row['rows']} rows: {common.report(row)}")
+    x0 = get_eval_rows("test", cfg, 4 * n)[0].to(run.device)
+    _, info = nelbo(model, x0, cfg, g, 32)
+    common.plot_integrand(run.out / "integrand.png", info["n"] / cfg.seq_len, info["cost"], cfg)
+    # 2. accuracy at fixed mask rates
+    hidden = holes(x0, cfg, g)
+    inside = hidden.pop("document")
+    common_token = x0[inside].bincount().argmax()
+    for rate in (0.15, 0.5, 0.85, 1.0):
+        count = torch.full((len(x0),), round(rate * cfg.seq_len))
+        xt, is_mask = corrupt_count(x0, count, cfg, g)
+        right = [model(xt[i], (count / cfg.seq_len).to(x0.device)[i], is_mask[i]).argmax(1) ==
+                 x0[i][is_mask[i]] for i in torch.arange(len(x0)).split(64)]
+        keep = inside[is_mask]
+        row = dict(rate=rate, accuracy=torch.cat(right)[keep].float().mean().item(),
+                   unigram=(x0[is_mask][keep] == common_token).float().mean().item())
+        run.log("accuracy", -1, **row)
+        run.say("masked accuracy: " + common.figures(row))
+    # 3. infilling, greedily, the surest position first
+    greedy = dataclasses.replace(cfg, temperature=0.0, order="maxprob", quota="one", block=0,
+                                 cache="none", remask="none", guidance=0.0, eos_fill=False)
+    for name, hole in hidden.items():
+        bound, _ = nelbo(model, x0, cfg, g, frozen=~hole)
+        filled, _ = sample(model, greedy, n, g, start=x0[:n].masked_fill(hole[:n], cfg.vocab_size))
+        same = filled == x0[:n]
+        row = dict(hole=name, exact=same.all(1).float().mean().item(),
+                   accuracy=same[hole[:n]].float().mean().item(),
+                   unigram=(x0[:n][hole[:n]] == common_token).float().mean().item(),
+                   nats_per_token=(bound.sum() / hole.sum().cpu()).item(), bound=BOUND)
+        run.log("infill", -1, **row)
+        run.say("infilling: " + common.figures(row))
+    # 4. samples
+    judge = common.load_judge(cfg.judge, tokenizer, run)
+    real = common.measure(x0, cfg, tokenizer, judge)
+    run.log("real", -1, n=len(x0), **real)
+    run.say(f"test documents: {common.figures(real)}")
+    rows = []
+    for order in cfg.eval_orders.split(","):
+        for steps in (4, 8, 16, 32, 64, cfg.seq_len):
+            for seed in range(cfg.eval_seeds):
+                some = dataclasses.replace(cfg, order=order, sampling_steps=steps)
+                clock = time.time()
+                x, info = sample(model, some, n, torch.Generator().manual_seed(cfg.seed + seed))
+                row = dict(order=order, sampling_steps=steps, seed=cfg.seed + seed, n=n, **info,
+                           seconds=time.time() - clock, quota=cfg.quota,
+                           temperature=cfg.temperature, top_p=cfg.top_p,
+                           **common.measure(x, cfg, tokenizer, judge))
+                run.log("samples", -1, **row)
+                rows.append(row)
+            run.say(f"{order:8} {common.figures(row)}")
+    common.plot_quality(run.out / "quality.png", rows, real)
 
 
 def train(cfg):
@@ -677,6 +912,8 @@ def main(argv):
     cfg = common.parse(Config, PRESETS, argv, __doc__)
     out = cfg.out or f"out/{NAME}"
     if command == "train" and not cfg.resume:
+        if cfg.schedule == "log-linear":
+            print(NOTE)
         return train(cfg) and None
     stored = common.load_config(Config, out)  # flags are laid over what the run was made with
     cfg = common.parse(Config, PRESETS, argv, __doc__, default=stored)
@@ -690,14 +927,12 @@ def main(argv):
             fill_in(cfg)
             common.check_tokenizer(out, open_data(cfg.data_dir).tokenizer)
             with run.amp:
-                row = evaluate(model, cfg, "test", 500)
-            run.log("test", -1, **row)
-            run.say(f"test, {row['rows']} rows: {common.report(row)}")
-            return grade(run, model, cfg, -1)
+                return evaluate_all(run, model, cfg)
         prompt = common.encode_prompt(tokenizer, cfg).to(run.device)
+        start = common.encode_infill(tokenizer, cfg).to(run.device) if cfg.infill else None
         trace, g = [] if cfg.trace else None, torch.Generator().manual_seed(cfg.seed)
         with run.amp:
-            x, info = sample(model, cfg, cfg.n, g, prompt, trace)
+            x, info = sample(model, cfg, cfg.n, g, prompt, trace, start)
         common.show_samples(run, cfg, tokenizer, -1, x, trace, info)
 
 

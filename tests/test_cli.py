@@ -234,8 +234,9 @@ def test_several_bad_values_are_listed_together(cli):
 
 
 @pytest.mark.parametrize("name, sentence", [
-    ("loglinear", "what papers call loglinear has mask rate t: linear here"),
-    ("sigmoid", "unknown schedule 'sigmoid': choose linear, cosine, log-linear, maskgit or powerK"),
+    ("loglinear", "schedule 'loglinear' is ambiguous: in SEDD and MDLM it means mask rate"),
+    ("sigmoid", "unknown schedule 'sigmoid': choose linear, cosine, log-linear, "
+                "mdlm-loglinear, maskgit or powerK"),
     ("power0", "unknown schedule 'power0'")])
 def test_an_unknown_schedule_is_refused_before_anything_starts(name, sentence, home, cli, tmp_path):
     code, out, err = cli(mdlm, "--data", home / "small.txt", *TINY, "--schedule", name, "--out",

@@ -54,10 +54,24 @@ def test_the_cosine_schedule_keeps_its_digits_at_small_t():
     assert error.max() < 1e-6 and naive[1] > 5e-3
 
 
-@pytest.mark.parametrize("name", ["loglinear", "Linear", "power", "power0", "power-1", "powerx"])
-def test_an_unknown_schedule_is_refused_with_the_naming_clash_explained(name):
-    with pytest.raises(ValueError, match="linear, cosine.*loglinear has mask rate t"):
+@pytest.mark.parametrize("name", ["Linear", "power", "power0", "power-1", "powerx"])
+def test_an_unknown_schedule_is_refused_with_the_known_ones(name):
+    with pytest.raises(ValueError, match="linear, cosine.*MD4's cosine is maskgit here"):
         mdlm.get_schedule(name)
+
+
+@pytest.mark.parametrize("name", ["loglinear", "log_linear"])
+def test_an_ambiguous_schedule_is_refused_with_the_naming_clash_explained(name):
+    with pytest.raises(ValueError, match="ambiguous.*SEDD and MDLM.*mdlm-loglinear.*elsewhere"):
+        mdlm.get_schedule(name)
+
+
+def test_mdlms_own_schedule_stops_short_of_masking_everything():
+    """(E1) (1 - eps) t with eps = 0.001: its weight is 1 / t all the same, its integral is cut."""
+    gamma_of, rate_of, inverse = mdlm.get_schedule("mdlm-loglinear")
+    t = torch.linspace(0.01, 1, 100, dtype=torch.float64)
+    assert torch.allclose(gamma_of(t), 0.999 * t) and torch.allclose(inverse(gamma_of(t)), t)
+    assert torch.allclose(rate_of(t) / gamma_of(t), 1 / t)
 
 
 # ---- draws of t
@@ -196,7 +210,7 @@ def test_the_bound_of_n_steps_is_above_the_n_step_sampler_and_tight_for_one(name
     p = law(model, ancestral(model, grid))
     assert p.sum().item() == pytest.approx(1, abs=1e-12)
     assert (truth >= -p.log() - 1e-12).all()
-    row, cfg = 5, config(schedule=name)
+    row, cfg = 5, config(grid=name)
     draws = mdlm.nelbo_steps(model, ROWS[row].expand(4000, 3), cfg, generator(steps), steps)
     if steps == 1:
         assert torch.allclose(truth, -p.log(), atol=1e-12)
@@ -263,7 +277,7 @@ def test_uniform_logits_cost_ln_v_per_token_in_every_likelihood():
     nelbo = mdlm.nelbo(model, x0, config(), generator(1))[0]
     assert torch.allclose(nelbo, torch.full_like(nelbo, want), atol=1e-5)
     for name in SCHEDULES:
-        bound = mdlm.nelbo_steps(model, x0, config(schedule=name), generator(2), 5)
+        bound = mdlm.nelbo_steps(model, x0, config(grid=name), generator(2), 5)
         assert close(bound.mean(), bound.std() / 4000 ** 0.5, want)
 
 

@@ -32,7 +32,7 @@ def test_binomial_quotas_are_the_ancestral_sampler(name, steps):
     """(E6) chi-square of 60 000 rows against the product of N transition matrices."""
     model = MaskTable(seed=steps)
     grid = mdlm.get_schedule(name)[0](torch.linspace(0, 1, steps + 1, dtype=torch.float64))
-    cfg = config(quota="binomial", sampling_steps=steps, schedule=name)
+    cfg = config(quota="binomial", sampling_steps=steps, grid=name)
     _, counts, info = draw(model, cfg)
     assert chi_square(counts, law(model, ancestral(model, grid.tolist()))) > 1e-3
     assert info["nfe"] <= min(steps, 3)
@@ -167,7 +167,9 @@ def test_the_network_is_told_the_mask_rate_it_was_trained_on():
 
 
 def plan(todo, steps, seed=0, **changes):
-    return mdlm.reveal_counts(todo, steps, config(**changes), generator(seed))
+    show, hide = mdlm.plan(todo, steps, config(**changes), generator(seed))
+    assert show.shape == hide.shape and not hide.any()
+    return show
 
 
 @pytest.mark.parametrize("quota", ["even", "binomial"])
@@ -205,7 +207,7 @@ def test_binomial_quotas_have_the_law_of_the_skipped_ancestral_steps(name):
 
     walk(3, steps, (), 1.0)
     want = {path: p for path, p in want.items() if p > 1e-12}
-    counts = plan(torch.ones(20_000, 3, dtype=torch.bool), steps, quota="binomial", schedule=name)
+    counts = plan(torch.ones(20_000, 3, dtype=torch.bool), steps, quota="binomial", grid=name)
     got = [tuple(n for n in row if n) for row in counts.tolist()]
     assert chi_square([got.count(path) for path in want], list(want.values())) > 1e-3
     assert set(got) <= set(want)

@@ -1,6 +1,7 @@
 """What ar.py and mdlm.py have in common, tested in both: attention, filters, categorical draws,
 micro-batches, learning, and that sections 3-5 run alone."""
 import itertools
+import dataclasses
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -358,11 +359,9 @@ def test_sections_3_to_5_run_alone_with_nothing_but_torch(script):
     assert "# 4. corrupt and loss" in code and "# 5. sample" in code and "import" not in code
     names = dict(math=math, torch=torch, nn=nn, F=F, SimpleNamespace=SimpleNamespace)
     exec(compile(code, "sections 3-5", "exec"), names)
-    cfg = SimpleNamespace(
-        vocab_size=13, seq_len=6, n_layer=1, n_head=2, n_embd=16, rows="stream", eos=0, bos=0,
-        temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,  # ar: sampling
-        schedule="linear", loss="ce_seq", t_sampler="systematic", exact_count=True, cond="none",
-        order="random", quota="even", sampling_steps=0)  # mdlm
+    settings = dataclasses.asdict(script.Config()) | dict(
+        vocab_size=13, seq_len=6, n_layer=1, n_head=2, n_embd=16, rows="stream", eos=0, bos=0)
+    cfg = SimpleNamespace(**settings)
     torch.manual_seed(0)
     model, g = names["Model"](cfg), generator(0)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
