@@ -3,8 +3,9 @@
 Method: MDLM (Sahoo et al. 2024, arXiv 2406.07524), MD4 (Shi et al. 2024), LLaDA (Nie et al. 2025).
 
     python mdlm.py                  5 minutes, 2 CPU cores: <= 1.63 nats/token (entropy 0.91)
-    python mdlm.py sample --prompt "Once upon a time" --n 3 --order maxprob --sampling-steps 40
-    python mdlm.py eval             test bound and graded samples of the checkpoint
+    python mdlm.py sample --prompt "Once upon a time" --n 3 --trace
+    python mdlm.py sample --infill "Once upon a ___ there was ___"
+    python mdlm.py eval             bound, masked accuracy, infilling, samples of few steps
 
 Equations. gamma(t) is the mask rate, rising from gamma(0) = 0 to gamma(1) = 1; M the mask state.
     (E1)  q(x_t,i = M | x_0) = gamma(t), independently for every position i; else x_t,i = x_0,i
@@ -14,6 +15,9 @@ Equations. gamma(t) is the mask rate, rising from gamma(0) = 0 to gamma(1) = 1; 
     (E5)  NELBO_N = sum_{k=1..N} (gamma_k - gamma_{k-1})/gamma_k E sum_masked c_i
     (E6)  a step t -> s reveals each masked token with probability (gamma_t - gamma_s)/gamma_t
     (E7)  a revealed token is drawn from p(. | x_t) and never changes again
+    (E8)  guidance by given text c: log p ~ (1 + w) log p(. | x_t) - w log p(. | x_t without c)
+    (E9)  ReMDM: written tokens are hidden again with probability sigma; (E6) then reveals with
+          (gamma_t - gamma_s + sigma (1 - gamma_t)) / gamma_t, and P(masked at s) is gamma_s still
 
 Shapes: B batch, T tokens, V vocabulary, C width, H heads, D = C / H head width.
 Units: nats. Every position of a row is charged, the EOS-filled tail too: nobody is told the length.
