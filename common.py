@@ -158,8 +158,8 @@ class Run:
     """A run folder with its log, progress bar, checkpoints and stop signals; `rank` and `world`
     under torchrun. Only rank 0 writes. Use as a context manager."""
 
-    def __init__(self, cfg, out, training=True):
-        self.cfg, self.out, self.training = cfg, Path(out), training
+    def __init__(self, cfg, out, training=True, log="log.jsonl"):
+        self.cfg, self.out, self.training, self.log_name = cfg, Path(out), training, log
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(cfg.device)
         self.amp, self.dtype = precision(self.device, cfg.dtype)
@@ -238,11 +238,11 @@ class Run:
             sys.stdout.flush()
 
     def log(self, kind, step, **row):
-        """Append one JSON object to log.jsonl (and to TensorBoard / Weights & Biases)."""
+        """Append one JSON object to the log (and to TensorBoard / Weights & Biases)."""
         if self.rank:
             return
         row = dict(kind=kind, step=step, **row)
-        with open(self.out / "log.jsonl", "a") as file:
+        with open(self.out / self.log_name, "a") as file:
             file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v
                                    for k, v in row.items()}) + "\n")
         for sink in self.sinks:
@@ -255,6 +255,14 @@ class Run:
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(row))
         return rows
+
+    def begin_eval(self):
+        """Start eval.jsonl anew with a row that says what made the checkpoint and its figures."""
+        (self.out / "eval.jsonl").unlink(missing_ok=True)
+        made = json.loads((self.out / "config.json").read_text())
+        made["config"] |= dataclasses.asdict(self.cfg)
+        del made["config"]["data_dir"]  # a path of this machine
+        self.log("config", made["run"]["step"], **made, eval=" ".join(sys.argv))
 
     def describe(self):
         """Where and how this run computes, in words."""

@@ -119,6 +119,10 @@ class Config:
     def __post_init__(self):
         for name in (self.schedule, self.grid):  # what cannot work stops here, before any training
             get_schedule(name)
+        orders = ("random", "l2r", "maxprob", "margin", "entropy", "sampled")
+        for name in self.eval_orders.split(","):
+            if name not in orders:
+                raise ValueError(f"--eval-orders knows {', '.join(orders)}, not '{name}'")
         if self.cache != "none" and self.guidance:
             raise ValueError("--cache keeps no keys for the second network call of --guidance: "
                              "choose one of the two")
@@ -766,9 +770,11 @@ def grade(run, model, cfg, step, n=64):
 def holes(x0, cfg, g):
     """What to hide for infilling, name -> boolean (B, T): a single token, a span of five, or the
     middle third of each document, its first EOS included; and the document itself."""
-    column, u = torch.arange(x0.shape[1], device=x0.device), torch.rand(len(x0), 1, generator=g)
-    size = ((x0 == cfg.eos).cumsum(1) == 0).sum(1, keepdim=True).add(1).clamp(max=x0.shape[1])
-    u, five = u.to(x0.device), size.clamp(max=5)
+    T, u = x0.shape[1], torch.rand(len(x0), 1, generator=g).to(x0.device)
+    column, size = torch.arange(T, device=x0.device), torch.full_like(x0[:, :1], T)
+    if cfg.rows == "docs":
+        size = ((x0 == cfg.eos).cumsum(1) == 0).sum(1, keepdim=True).add(1).clamp(max=T)
+    five = size.clamp(max=5)
     spans = {"token": ((u * size).long(), 1), "span of 5": ((u * (size - five + 1)).long(), five),
              "middle third": (size // 3, size - 2 * (size // 3)), "document": (0, size)}
     return {name: (column >= a) & (column < a + n) for name, (a, n) in spans.items()}
@@ -777,8 +783,9 @@ def holes(x0, cfg, g):
 @torch.no_grad()
 def evaluate_all(run, model, cfg, n=64):
     """The eval command: bound, masked accuracy, infilling, and samples of few steps in several
-    orders, as rows of log.jsonl and two figures. Greedy predictions and nats are of positions
+    orders, as rows of eval.jsonl and two figures. Greedy predictions and nats are of positions
     inside documents; `unigram` is the accuracy of always saying the commonest token."""
+    run.begin_eval()
     tokenizer, g = open_data(cfg.data_dir).tokenizer, torch.Generator().manual_seed(cfg.seed)
     # 1. the bound
     row = evaluate(model, cfg, "test", 500)
@@ -821,7 +828,7 @@ def evaluate_all(run, model, cfg, n=64):
     run.say(f"test documents: {common.figures(real)}")
     rows = []
     for order in cfg.eval_orders.split(","):
-        for steps in (4, 8, 16, 32, 64, cfg.seq_len):
+        for steps in sorted({4, 8, 16, 32, 64, cfg.seq_len} & set(range(cfg.seq_len + 1))):
             for seed in range(cfg.eval_seeds):
                 some = dataclasses.replace(cfg, order=order, sampling_steps=steps)
                 clock = time.time()
@@ -832,7 +839,8 @@ def evaluate_all(run, model, cfg, n=64):
                            **common.measure(x, cfg, tokenizer, judge))
                 run.log("samples", -1, **row)
                 rows.append(row)
-            run.say(f"{order:8} {common.figures(row)}")
+            shown = ("nfe", "valid", "known", "agree", "judge", "entropy", "seconds")
+            run.say(f"{order:8} " + common.figures({k: row[k] for k in shown if k in row}))
     common.plot_quality(run.out / "quality.png", rows, real)
 
 
@@ -924,7 +932,7 @@ def main(argv):
     if command == "train":
         return train(cfg) and None
     common.check_same(cfg, stored, SHAPE, f"the checkpoint in {out}")
-    with common.Run(cfg, out, training=False) as run:
+    with common.Run(cfg, out, False, "eval.jsonl" if command == "eval" else "log.jsonl") as run:
         model, tokenizer = Model(cfg).to(run.device).requires_grad_(False), load_tokenizer(out)
         common.load_weights(model, out)
         if command == "eval":

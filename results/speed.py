@@ -20,6 +20,15 @@ import mdlm
 
 BF16 = torch.autocast("cpu", torch.bfloat16)
 FP32 = torch.autocast("cpu", enabled=False)
+MDLM = {  # settings of mdlm.sample that are timed
+    "one_token_a_call": dict(order="random", quota="one"),
+    "maxprob_32": dict(order="maxprob", quota="even", sampling_steps=32),
+    "random_32": dict(order="random", quota="even", sampling_steps=32),
+    "random_16": dict(order="random", quota="even", sampling_steps=16),
+    "blocks_of_32": dict(order="maxprob", quota="even", block=32),
+    "blocks_of_32_dual_cache": dict(order="maxprob", quota="even", block=32, cache="dual"),
+    "ancestral_1000": dict(order="random", quota="binomial", sampling_steps=1000),
+}
 
 
 def seconds(work, repeats=7):
@@ -106,12 +115,12 @@ def main():
             cached = seconds(lambda: ar.sample(model, cfg, n, g), 3)
             uncached = seconds(lambda: ar.sample(model, cfg, n, g, cached=False), 3)
             out[f"sample_ar_{n}"] = dict(cached=cached, uncached=uncached, ratio=uncached / cached)
-        for steps, quota in ((0, "even"), (32, "even"), (1000, "binomial")):
-            cfg = mdlm.Config(vocab_size=2048, rows="stream", sampling_steps=steps, quota=quota)
-            model, info = mdlm.Model(cfg), {}
-            took = seconds(lambda: info.update(mdlm.sample(model, cfg, 16, g)[1]), 3)
-            out[f"sample_mdlm_16_{quota}_{steps or 160}"] = dict(
-                seconds=took, **info, times_ar_cached=took / out["sample_ar_16"]["cached"])
+        for n, name, settings in [(n, *pair) for n in (1, 16) for pair in MDLM.items()]:
+            plan = mdlm.Config(vocab_size=2048, rows="stream", **settings)
+            network, info = mdlm.Model(plan), {}
+            took = seconds(lambda: info.update(mdlm.sample(network, plan, n, g)[1]), 3)
+            out[f"sample_mdlm_{n}_{name}"] = dict(
+                seconds=took, **info, times_ar_cached=took / out[f"sample_ar_{n}"]["cached"])
     text = json.dumps(out, indent=1)
     Path(__file__).with_suffix(".json").write_text(text + "\n")
     print(text)

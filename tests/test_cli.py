@@ -158,15 +158,59 @@ def test_sampling_steps_sets_the_number_of_network_calls(home, cli):
     assert re.findall(r"^ +(\d+)  ", said, re.M) == ["0", "1", "2", "3", "4"]
 
 
-@both
-def test_eval_logs_and_prints_the_test_likelihood(script, home, cli, tmp_path):
-    out = shutil.copytree(home / script.NAME, tmp_path / "run")
-    code, said, err = cli(script, "eval", "--out", out)
+def test_eval_logs_and_prints_the_test_likelihood(home, cli, tmp_path):
+    out = shutil.copytree(home / "ar", tmp_path / "run")
+    code, said, err = cli(ar, "eval", "--out", out)
     assert code == 0 and err == ""
     *_, test, samples = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    assert (test["kind"], test["bound"], samples["kind"]) == ("test", script.BOUND, "samples")
-    sign = "=" if script is ar else "<="
-    assert f"test, {test['rows']} rows: {sign} {test['nats_per_token']:.3f} nats/token" in said
+    assert (test["kind"], test["bound"], samples["kind"]) == ("test", "exact", "samples")
+    assert f"test, {test['rows']} rows: = {test['nats_per_token']:.3f} nats/token" in said
+
+
+def test_eval_of_mdlm_writes_its_own_rows_and_two_figures_each_time_anew(home, cli, tmp_path):
+    out = shutil.copytree(home / "mdlm", tmp_path / "run")
+    flags = "--out", out, "--judge", home / "ar", "--eval-orders", "random,margin"
+    before = (out / "log.jsonl").read_text()
+    for _ in range(2):
+        code, said, err = cli(mdlm, "eval", *flags)
+        assert code == 0 and err == ""
+    rows = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+    kinds = [row["kind"] for row in rows]
+    assert kinds == (["config", "test"] + 4 * ["accuracy"] + 3 * ["infill"] + ["real"] +
+                     8 * ["samples"])
+    test, samples = rows[1], rows[-8:]
+    assert f"test, {test['rows']} rows: <= {test['nats_per_token']:.3f} nats/token" in said
+    assert [(r["order"], r["sampling_steps"]) for r in samples] == [
+        (order, steps) for order in ("random", "margin") for steps in (4, 8, 16, 32)]
+    assert all(r["nfe"] <= r["sampling_steps"] and r["judge"] > 0 for r in samples)
+    assert all(0 <= r["accuracy"] <= 1 and r["unigram"] > 0 for r in rows[2:9])
+    assert rows[0]["config"]["steps"] == 4 and "data_dir" not in rows[0]["config"]
+    assert (out / "quality.png").exists() and (out / "integrand.png").exists()
+    assert (out / "log.jsonl").read_text() == before
+    code, said, _ = cli(mdlm, "eval", *flags[:2], "--judge", tmp_path / "nobody", "--eval-orders",
+                        "l2r")
+    assert code == 0 and "no judge in" in said
+    assert "not 'best'" in one_sentence(*cli(mdlm, "eval", "--eval-orders", "best")[::2])
+
+
+def test_sample_fills_holes_and_keeps_the_rest(home, cli):
+    code, _, _ = cli(mdlm, "sample", "--out", home / "mdlm", "--infill", "the ___3 saw a___4",
+                     "--n", 2)
+    texts = (home / "mdlm" / "samples.txt").read_bytes().split(b"\n<|endoftext|>\n")
+    assert code == 0 and len(texts) == 2
+    for text in texts:
+        assert text.startswith(b"the") and b" saw a" in text
+    for flags, sentence in (("--infill", "no hole"), "--infill has no hole"), (
+            ("--infill", "a ___ b", "--prompt", "x"), "exclude each other"), (
+            ("--infill", 40 * "x" + "___"), "row has room for 31"):
+        code, _, err = cli(mdlm, "sample", "--out", home / "mdlm", *flags)
+        assert sentence in one_sentence(code, err)
+
+
+def test_the_naming_note_is_printed_with_log_linear_only(home, cli, tmp_path):
+    train = "--data", home / "small.txt", *TINY, "--steps", 1, "--out", tmp_path / "run"
+    assert mdlm.NOTE in cli(mdlm, *train, "--schedule", "log-linear")[1]
+    assert mdlm.NOTE not in cli(mdlm, *train)[1]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
