@@ -661,6 +661,7 @@ def plot_quality(path, rows, real):
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=8, ncols=3)
+    panels[0].set_title(f"{path.parent.name}: samples of few calls")
     panels[-1].set_xlabel("network calls")
     replace(path, lambda p: figure.savefig(p, format="png"))
 

@@ -823,8 +823,8 @@ def evaluate_all(run, model, cfg, n=64):
         run.say("infilling: " + common.figures(row))
     # 4. samples
     judge = common.load_judge(cfg.judge, tokenizer, run)
-    real = common.measure(x0, cfg, tokenizer, judge)
-    run.log("real", -1, n=len(x0), **real)
+    real = common.measure(x0[:n], cfg, tokenizer, judge)  # as many: diversity depends on it
+    run.log("real", -1, n=n, **real)
     run.say(f"test documents: {common.figures(real)}")
     rows = []
     for order in cfg.eval_orders.split(","):

@@ -90,30 +90,83 @@ def oracle(joint, V, T):
     return model
 
 
+def told(model):
+    """The tilted table without its tilt: each state's own mask rate is written into its logits."""
+    plain, rate = MaskTable(model.V, model.T), (model.states == model.V).double().mean(1)
+    plain.logits.data = model.logits.detach() + rate[:, None, None] * model.tilted
+    return plain
+
+
+def guided(model, given, w):
+    """The table of p(. | x)^(1+w) / p(. | x without the positions `given`)^w, renormalised."""
+    plain = told(model)
+    p = plain.p()
+    bare = p[(model.states.masked_fill(given, model.V) * model.place).sum(1)]
+    plain.logits.data = (p ** (1 + w) / bare ** w).log()
+    return plain
+
+
 # ---- laws of samplers: products of transition matrices over the states
 
 
-def transition(model, chosen):
-    """Reveal masked position i of state a with probability chosen[a, i], independently."""
+def transition(model, chosen, hidden=0.0):
+    """Reveal masked position i of state a with probability chosen[a, i], independently; mask
+    unmasked position i with probability hidden, a number or (T,)."""
     masked, chosen = model.states == model.V, chosen.double()[..., None]
     keep = nn.functional.one_hot(model.states, model.V + 1).double()
     write = torch.cat((model.p(), torch.zeros(*model.states.shape, 1)), 2)
-    factor = torch.where(masked[..., None], chosen * write + (1 - chosen) * keep, keep)
+    mask = torch.zeros_like(keep).index_fill_(2, torch.tensor([model.V]), 1.0)
+    hidden = torch.as_tensor(hidden).double().expand(model.T)[:, None]
+    factor = torch.where(masked[..., None], chosen * write + (1 - chosen) * keep,
+                         (1 - hidden) * keep + hidden * mask)
     return torch.stack([factor[:, i, model.states[:, i]] for i in range(model.T)]).prod(0)
 
 
+def certainty(model, order):
+    """How early a position's turn is: (states, T)."""
+    top = model.p().sort(dim=2, descending=True).values
+    return {"maxprob": top[..., 0], "margin": top[..., 0] - top[..., 1],
+            "entropy": -torch.special.entr(top).sum(2),
+            "l2r": -torch.arange(model.T).double().expand(top.shape[:2])}[order]
+
+
+def first(model, score, count=1):
+    """The `count` masked positions of highest score: boolean (states, T)."""
+    masked = model.states == model.V
+    score = score.masked_fill(~masked, -torch.inf)
+    rank = torch.stack([(score > score[:, i:i + 1]).sum(1) for i in range(model.T)], 1)
+    return masked & (rank < count)
+
+
 def reveal_count(model, count, order="random"):
-    """Reveal exactly `count` masked positions: a random subset, or the most certain ones."""
+    """Reveal exactly `count` masked positions: a random subset, or the first by their order."""
+    if order != "random":
+        return transition(model, first(model, certainty(model, order), count))
     masked = model.states == model.V
     count = masked.sum(1).clamp(max=count)
-    if order == "maxprob":
-        sure = model.p().amax(2).masked_fill(~masked, -1)
-        rank = torch.stack([(sure > sure[:, i:i + 1]).sum(1) for i in range(model.T)], 1)
-        return transition(model, masked & (rank < count[:, None]))
     subsets = all_rows(2, model.T).bool()
     fits = (~(subsets[:, None] & ~masked)).all(2) & (subsets.sum(1)[:, None] == count)
     share = fits.double() / fits.sum(0)  # (subsets, states)
     return sum(w[:, None] * transition(model, s.expand_as(masked)) for s, w in zip(subsets, share))
+
+
+def reveal_sampled(model):
+    """Reveal the masked position whose drawn token is the likeliest, by going through all draws."""
+    rows, masked, p = all_rows(model.V, model.T), model.states == model.V, model.p()
+    drawn = p[:, torch.arange(model.T), rows]  # (states, V^T, T)
+    weight = torch.where(masked[:, None], drawn, 1 / model.V).prod(2)
+    pick = drawn.masked_fill(~masked[:, None], -1).argmax(2)[..., None]  # (states, V^T, 1)
+    rows, states = rows.expand(len(p), -1, -1), model.states[:, None].expand(drawn.shape)
+    after = torch.where(masked.any(1)[:, None, None],
+                        states.scatter(2, pick, rows.gather(2, pick)), states)
+    matrix = torch.zeros(len(p), len(p), dtype=torch.float64)
+    return matrix.scatter_add(1, (after * model.place).sum(2), weight)
+
+
+def chain(model, order):
+    """Probability of every row when the positions are written in this order: (V^T,)."""
+    now = torch.eye(model.T).expand(len(model.states), -1, -1)
+    return law(model, [transition(model, now[:, i]) for i in order])
 
 
 def law(model, matrices, start=None):
@@ -129,6 +182,15 @@ def ancestral(model, grid):
     """The ancestral sampler over the mask rates 0 = grid[0] < ... < grid[N] = 1."""
     masked = torch.ones(model.states.shape)
     return [transition(model, masked * (t - s) / t) for s, t in zip(grid[-2::-1], grid[:0:-1])]
+
+
+def remasking(model, grid, sigma_of, given=0):
+    """ReMDM over the same mask rates: hide a written token with probability sigma_of(t, s), but
+    none of the first `given`; reveal a masked one so that the mask rate at s is s."""
+    masked, ours = torch.ones(model.states.shape), torch.arange(model.T) >= given
+    steps = [(t, s, sigma_of(t, s)) for s, t in zip(grid[-2::-1], grid[:0:-1])]
+    return [transition(model, masked * ((t - s + (1 - t) * sigma) / t), sigma * ours)
+            for t, s, sigma in steps]
 
 
 def one_by_one(model):
