@@ -62,7 +62,7 @@ class Config:
     n_layer: int = 4  # blocks
     n_head: int = 4  # heads
     n_embd: int = 192  # width
-    lr: float = 4e-3  # peak learning rate
+    lr: float = 6e-3  # peak learning rate
     warmup: int = 50  # steps of linear warm-up; then cosine to zero
     grad_clip: float = 1.0  # largest gradient norm; 0 = off
     grad_accum: int = 1  # micro-batches per step

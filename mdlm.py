@@ -279,14 +279,16 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Bidirectional transformer: ids (B, T) in 0..V, where V is the mask, and mask rates gamma (B,)
     -> logits (B, T, V), or (n, V) for a boolean `where` (B, T) that names the n positions whose
-    logits are wanted (the head is the largest matrix). `past`: a list per layer of [k, v] that is
-    attended to as well and extended in place; `at` (T,): positions of idx, unless 0 ... T-1."""
+    logits are wanted (the head is the largest matrix). With `at`, a tensor of positions, only these
+    go through the blocks, `where` is about them, and `past`, a list per layer of [k, v] of other
+    positions, is attended to as well and extended in place."""
 
     def __init__(self, cfg):
         super().__init__()
         self.head_width, self.cond = cfg.n_embd // cfg.n_head, cfg.cond
         self.wte = nn.Embedding(cfg.vocab_size + 1, cfg.n_embd)
         self.wpe = nn.Embedding(cfg.seq_len, cfg.n_embd)  # else an all-mask row has no positions
+        self.near = nn.Conv1d(cfg.n_embd, cfg.n_embd, 7, padding=3, groups=cfg.n_embd, bias=False)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.n_embd)
         self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
@@ -307,9 +309,11 @@ class Model(nn.Module):
         return (h if self.cond == "adaln" else self.noise_head(h))[:, None]
 
     def forward(self, idx, gamma, where=None, past=None, at=None):
+        x = self.wte(idx) + self.wpe.weight[:idx.shape[1]]  # (B, T, C)
+        x = x + self.near(x.transpose(1, 2)).transpose(1, 2)  # three neighbours on each side
+        x = x if at is None else x[:, at]
         at = torch.arange(idx.shape[1], device=idx.device) if at is None else at
         rope, past = rotary(at, self.head_width), past or [None] * len(self.blocks)
-        x = self.wte(idx) + self.wpe(at)  # (B, T, C)
         noise = self.embed_noise(gamma) if self.cond != "none" else None
         if self.cond in ("add", "table"):
             x = x + noise
@@ -587,7 +591,7 @@ def predict(model, xt, where, cfg, given=None, kept=None, rows=None, span=None):
     if kept:
         mine = torch.searchsorted(kept["rows"], rows)
         past = [[kv[mine] for kv in layer] for layer in kept["past"]]
-        return model(xt[:, span], gamma, where[:, span], past, span)
+        return model(xt, gamma, where[:, span], past, span)
     if cfg.cache != "none":
         past = [[] for _ in model.blocks]
         logits = model(xt, gamma, where, past)
