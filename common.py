@@ -449,10 +449,10 @@ def tokens_of(x, cfg):
 
 def encode_prompt(tokenizer, cfg):
     """--prompt -> ids (P,); a prompt that fills the row is a UserError."""
-    ids = tokenizer.encode(cfg.prompt)
-    if len(ids) >= cfg.seq_len:
-        raise UserError(f"the prompt has {len(ids)} tokens but a row has room for "
-                        f"{cfg.seq_len - 1}: shorten --prompt")
+    ids, room = tokenizer.encode(cfg.prompt), getattr(cfg, "length", 0) or cfg.seq_len
+    if len(ids) >= room:
+        raise UserError(f"the prompt has {len(ids)} tokens but a row has room for {room - 1}: "
+                        "shorten --prompt")
     return torch.tensor(ids, dtype=torch.long)
 
 

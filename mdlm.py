@@ -105,7 +105,7 @@ class Config:
     remask: Literal["none", "cap", "rescale", "conf"] = "none"  # hide written tokens again (E9)
     remask_eta: float = 0.1  # probability of that: at most (cap, conf), share of most (rescale)
     eos_fill: bool = False  # after the first EOS of a row everything is EOS, without a call
-    eos_last: bool = False  # reveal positions whose likeliest token is EOS after all others
+    eos_last: bool = False  # orders by certainty: positions that look like EOS after all others
     length: int = 0  # tokens to write, 0 = one row; beyond seq_len in blocks
     infill: str = ""  # "Once ___ a ___3 who": holes of one and three tokens, then the end
     judge: str = "out/ar"  # eval: the run of ar.py that judges samples
@@ -445,7 +445,7 @@ def nelbo(model, x0, cfg, g, K=8, frozen=None):
     one random offset per row: no cut-off, low variance. The boolean `frozen` (B, T) names tokens
     that are given: the bound is then on -log p(others | given)."""
     B, T = x0.shape
-    N = (torch.full((B,), T) if frozen is None else (~frozen).sum(1).cpu()).clamp(min=1)
+    N = torch.full((B,), T) if frozen is None else (~frozen).sum(1).cpu()
     u, counts, costs = torch.rand(B, generator=g), [], []
     for k in range(K):
         n = torch.minimum(1 + ((k + u) / K * N).floor().long(), N)
@@ -453,7 +453,7 @@ def nelbo(model, x0, cfg, g, K=8, frozen=None):
         ce = [masked_ce(model, x0[i], xt[i], (n / T)[i], is_mask[i]).cpu().double().sum(1)
               for i in torch.arange(B).split(64)]
         counts.append(n)
-        costs.append(torch.cat(ce) / n)
+        costs.append(torch.cat(ce) / n.clamp(min=1))
     counts, costs = torch.stack(counts, 1), torch.stack(costs, 1)  # (B, K)
     return N * costs.mean(1), dict(forwards=K, n=counts, cost=costs)  # (E4)
 
@@ -549,6 +549,8 @@ CERTAINTY = {  # order: how certain a position is, from its log p (n, V); the mo
 
 def binomial(count, p, g):
     """Draws of Binomial(count (n,), p), whole numbers (n,)."""
+    if p == 0:
+        return torch.zeros_like(count)
     return torch.binomial(count.double(), torch.full(count.shape, p).double(), generator=g).long()
 
 
@@ -567,7 +569,7 @@ def plan(todo, steps, cfg, g):
         most = min(1.0, s / (1 - t)) if t < 1 else 0.0  # or P(masked at s) = s would be lost
         sigma = {"none": 0.0, "rescale": cfg.remask_eta * most}.get(
             cfg.remask, min(cfg.remask_eta, most))
-        if cfg.quota == "binomial":
+        if cfg.quota == "binomial" and not one:
             hide.append(binomial(N - left, sigma, g))
             rho = (t - s + sigma * (1 - t)) / t  # (E9); with sigma = 0 (E6)
             show.append(binomial(left, min(rho, 1.0), g))
@@ -607,9 +609,11 @@ def predict(model, xt, where, cfg, given=None, kept=None, rows=None, span=None):
     return logits
 
 
-def best(score, among, count):
-    """The count (n,) positions of highest score among the allowed: boolean (n, T)."""
-    rank = score.masked_fill(~among, -torch.inf).argsort(1, descending=True).argsort(1)
+def best(score, among, count, g):
+    """The count (n,) positions of highest score among the allowed, chance breaks ties: (n, T)."""
+    mixed = torch.rand(score.shape, generator=g).to(score.device).argsort(1)
+    score = score.masked_fill(~among, -torch.inf).gather(1, mixed)
+    rank = mixed.gather(1, score.argsort(dim=1, descending=True, stable=True)).argsort(1)
     return among & (rank < count[:, None])
 
 
@@ -619,7 +623,7 @@ def reveal(model, xt, todo, count, cfg, g, **where):
     any token is drawn; order "sampled" (Nie et al. 2025) looks at the tokens first, prefers likely
     ones, and so changes the law even of a perfect network. `where`: what predict needs besides."""
     # 1. score positions; blind orders do not need the network for it
-    score = torch.rand(todo.shape, generator=g).to(xt.device)
+    score = torch.zeros(todo.shape, device=xt.device)  # random: all alike
     blind = cfg.order in ("random", "l2r") and cfg.quota != "threshold"
     if cfg.order == "l2r":
         score = -torch.arange(xt.shape[1], device=xt.device).expand_as(todo).float()
@@ -630,11 +634,11 @@ def reveal(model, xt, todo, count, cfg, g, **where):
         if cfg.order == "sampled":
             score[todo] = logp.gather(1, tokens[:, None])[:, 0]
         elif cfg.order in CERTAINTY:
-            score[todo] = CERTAINTY[cfg.order](logp) + 1e-6 * score[todo]  # chance breaks ties
+            score[todo] = CERTAINTY[cfg.order](logp)
         if cfg.eos_last:
-            score[todo] -= 1e3 * (logp.argmax(1) == cfg.eos)
+            score[todo] -= 100.0 * (logp.argmax(1) == cfg.eos)
     # 2. choose
-    chosen = best(score, todo, count)
+    chosen = best(score, todo, count, g)
     if cfg.quota == "threshold":
         chosen[todo] |= logp.amax(1).exp() >= cfg.threshold
     # 3. draw
@@ -644,6 +648,12 @@ def reveal(model, xt, todo, count, cfg, g, **where):
     else:
         tokens = categorical(filter_logits(logits, cfg), g)  # (E7)
     return chosen, tokens, logits.float().log_softmax(1).gather(1, tokens[:, None])[:, 0]
+
+
+def end_documents(x, cfg):
+    """With cfg.eos_fill, masks after the first EOS of a row become EOS: nothing else can follow."""
+    ended = (x == cfg.vocab_size) & ((x == cfg.eos).cumsum(1) > 0)
+    return x.masked_fill(ended, cfg.eos) if cfg.eos_fill else x
 
 
 @torch.no_grad()
@@ -658,14 +668,17 @@ def sample(model, cfg, n, g, prompt=None, trace=None, start=None):
         x = torch.full((n, cfg.length or cfg.seq_len), M, device=device)
     x = x.clone()
     if prompt is not None:
+        if len(prompt) > x.shape[1]:
+            raise ValueError(f"a prompt of {len(prompt)} ids in a row of {x.shape[1]}")
         x[:, :len(prompt)] = prompt
+    x = end_documents(x, cfg)
     T, given, logp = x.shape[1], x != M, torch.zeros(x.shape, device=device)
     guided = cfg.guidance > 0 and bool(given.any())
     if trace is not None:
         trace.append((0, x.cpu().clone()))
     # 2. block by block (one, unless asked for); the network sees seq_len tokens, the block's among
     #    them: from the first on, or, beyond the context, up to the end of the block
-    size = cfg.block or (T if T <= cfg.seq_len else cfg.seq_len // 2)
+    size = min(cfg.block or (T if T <= cfg.seq_len else cfg.seq_len // 2), cfg.seq_len)
     begins = [a for a in range(0, T, size) if not given[:, a:a + size].all()]
     for j, a in enumerate(begins):
         b = min(a + size, T)
@@ -678,13 +691,15 @@ def sample(model, cfg, n, g, prompt=None, trace=None, start=None):
         steps = cfg.sampling_steps * (j + 1) // len(begins) - cfg.sampling_steps * j // len(begins)
         show, hide = plan((x[:, a:b] == M).cpu(), max(steps, cfg.sampling_steps > 0), cfg, g)
         for k in range(show.shape[1]):
+            before = x.clone()
             masked = (x[:, view] == M) & here  # (n, columns)
             rows = (masked.any(1) & (show[:, k] > 0).to(device)).nonzero()[:, 0]
             if cfg.remask != "none":  # choose among what was written before this call
-                score = torch.rand(masked.shape, generator=g).to(device)
+                score = torch.zeros(masked.shape, device=device)
                 if cfg.remask == "conf":  # with probability ~ exp(-p): the Gumbel trick
-                    score = -(-score.log()).log() - logp[:, view].exp()
-                again = best(score, here & ~masked & ~given[:, view], hide[:, k].to(device))
+                    noise = torch.rand(masked.shape, generator=g).to(device)
+                    score = -(-noise.log()).log() - logp[:, view].exp()
+                again = best(score, here & ~masked & ~given[:, view], hide[:, k].to(device), g)
             # 4. reveal
             if len(rows):
                 xt, count = x[rows, view], show[:, k].to(device)[rows]
@@ -695,12 +710,11 @@ def sample(model, cfg, n, g, prompt=None, trace=None, start=None):
                 x[rows, view] = xt
                 logp[rows, view] = logp[rows, view].masked_scatter(chosen, sure)
                 nfe += 1 + guided
-            # 5. hide again; the rest of a document that has ended is known
+            # 5. hide again
             if cfg.remask != "none":
                 x[:, view] = x[:, view].masked_fill(again, M)  # (E9)
-            if cfg.eos_fill:
-                x[(x == M) & ((x == cfg.eos).cumsum(1) > 0)] = cfg.eos
-            if trace is not None:
+            x = end_documents(x, cfg)
+            if trace is not None and not torch.equal(x, before):
                 trace.append((nfe, x.cpu().clone()))
     return x, dict(nfe=nfe)
 

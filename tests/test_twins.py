@@ -48,6 +48,7 @@ NEW = {"mdlm": {
     "plan": "how many positions each call reveals and hides (E6) (E9)",
     "predict": "guidance (E8) and caches",
     "best": "the positions of highest score",
+    "end_documents": "what follows an EOS is known",
     "reveal": "one call of the sampler (E7)",
     "holes": "what eval hides for infilling",
     "evaluate_all": "masked accuracy, infilling, few-step samples",
