@@ -287,7 +287,7 @@ class Model(nn.Module):
         super().__init__()
         self.head_width, self.cond = cfg.n_embd // cfg.n_head, cfg.cond
         self.wte = nn.Embedding(cfg.vocab_size + 1, cfg.n_embd)
-        self.wpe = nn.Embedding(cfg.seq_len, cfg.n_embd)  # else an all-mask row has no positions
+        self.wpe = nn.Embedding(cfg.seq_len, cfg.n_embd)  # else masks alone have no positions
         self.near = nn.Conv1d(cfg.n_embd, cfg.n_embd, 7, padding=3, groups=cfg.n_embd, bias=False)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.n_embd)
@@ -542,7 +542,7 @@ def categorical(logits, g):
 
 CERTAINTY = {  # order: how certain a position is, from its log p (n, V); the most certain go first
     "maxprob": lambda logp: logp.amax(1),
-    "margin": lambda logp: logp.topk(2).values.exp() @ logp.new_tensor([1.0, -1.0]),
+    "margin": lambda logp: -logp.topk(2).values.exp().diff(dim=1)[:, 0],
     "entropy": lambda logp: (logp.exp() * logp).nan_to_num(0).sum(1),  # 0 log 0 = 0
 }
 

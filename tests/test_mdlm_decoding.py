@@ -719,3 +719,18 @@ def test_a_text_with_holes_is_filled_and_kept(open_end):
     x, info = frames(blank(HOLE), cfg, 6, start=start)
     assert (x == start)[:, start != HOLE].all()
     assert info["nfe"] == (start[0] == HOLE).sum() == (10 if open_end else 5)
+
+
+@pytest.mark.parametrize("order", ["random", "l2r", "maxprob", "margin", "entropy", "sampled"])
+def test_every_sampler_runs_under_bfloat16_autocast(order):
+    """Certainties stay float32 there: a matrix product would round them to eight bits."""
+    model = SpyNet()
+    for changes in (dict(remask="conf"), dict(cache="dual", block=4), dict(guidance=1.0)):
+        cfg = config(vocab_size=7, seq_len=8, order=order, sampling_steps=4, **changes)
+        with torch.autocast("cpu", torch.bfloat16):
+            x, _ = mdlm.sample(model.float(), cfg, 3, generator(1), prompt=torch.tensor([1]))
+        assert x.max() < 7 and (x[:, 0] == 1).all()
+    logp = torch.randn(50, 7, generator=generator(2)).log_softmax(1)
+    if order in mdlm.CERTAINTY:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert mdlm.CERTAINTY[order](logp).dtype == torch.float32
