@@ -207,6 +207,29 @@ def test_sample_fills_holes_and_keeps_the_rest(home, cli):
         assert sentence in one_sentence(code, err)
 
 
+def test_sample_is_fast_unless_told_otherwise(home, cli, tmp_path):
+    """FAST holds for sample where neither the run nor the command line says something else."""
+    out = shutil.copytree(home / "mdlm", tmp_path / "run")
+    seen = []
+
+    def spy(model, cfg, *rest):
+        seen.append(cfg)
+        return sample(model, cfg, *rest)
+    sample = mdlm.sample
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mdlm, "sample", spy)
+        cli(mdlm, "sample", "--out", out)
+        cli(mdlm, "sample", "--out", out, "--order", "l2r", "--remask", "none")
+        stored = json.loads((out / "config.json").read_text())
+        stored["config"]["temperature"] = 0.9
+        (out / "config.json").write_text(json.dumps(stored))
+        cli(mdlm, "sample", "--out", out)
+    fast, told, run = ({k: getattr(cfg, k) for k in mdlm.FAST} for cfg in seen)
+    assert fast == mdlm.FAST and run == mdlm.FAST | dict(temperature=0.9)
+    assert told == mdlm.FAST | dict(order="l2r", remask="none")
+    assert all(getattr(mdlm.Config(), k) != v for k, v in mdlm.FAST.items())
+
+
 def test_the_naming_note_is_printed_with_log_linear_only(home, cli, tmp_path):
     train = "--data", home / "small.txt", *TINY, "--steps", 1, "--out", tmp_path / "run"
     assert mdlm.NOTE in cli(mdlm, *train, "--schedule", "log-linear")[1]

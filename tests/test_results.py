@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted((ROOT / "results").glob("*.jsonl"))
+EVALS = sorted((ROOT / "results").glob("*_eval*.jsonl"))
+FILES = sorted({*(ROOT / "results").glob("*.jsonl")} - {*EVALS})
 README = (ROOT / "README.md").read_text("utf-8")
 
 
@@ -34,6 +35,27 @@ def test_the_readme_shows_the_last_evaluation_of_a_result(path):
     assert f"{sign[last['bound']]} {last['nats_per_token']:.3f} |" in README
     sample = rows(path, "samples")[-1]
     assert f"| {sample['known']:.2f} | {sample['agree']:.2f} |" in line
+
+
+@pytest.mark.parametrize("path", EVALS, ids=lambda p: p.stem)
+def test_the_readme_shows_the_samples_of_an_evaluation(path):
+    """`| order | calls | valid | known | agree | entropy | judge | file |`, means over seeds."""
+    made, = rows(path, "config")
+    assert made["eval"].startswith("mdlm.py eval") and "data_dir" not in made["config"]
+    samples, shown = rows(path, "samples"), 0
+    assert len({row["order"] for row in samples}) >= 4
+    assert len({row["seed"] for row in samples}) == 3
+    for line in README.splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        if not line.startswith("|") or f"results/{path.name})" not in cells[-1]:
+            continue
+        some = [row for row in samples
+                if (row["order"], row["sampling_steps"]) == (cells[0], int(cells[1]))]
+        means = [sum(row[key] for row in some) / len(some)
+                 for key in ("valid", "known", "agree", "entropy", "judge")]
+        assert cells[2:7] == [f"{mean:.2f}" for mean in means] and len(some) == 3
+        shown += 1
+    assert shown >= 3
 
 
 def test_the_tokenizer_of_the_results_is_the_one_in_the_repository():

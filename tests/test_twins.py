@@ -41,6 +41,7 @@ NEW = {"mdlm": {
     "masked_ce": "the cross-entropies (E2)",
     "nelbo_steps": "the bound of few steps (E5)",
     "exact": "bound and likelihood of a short row by enumeration (E4)",
+    "FAST": "the sampler of the command line",
     "NOTE": "which log-linear is meant",
     "chain_nll": "the likelihood of one fixed order (E4)",
     "CERTAINTY": "orders of revealing",
