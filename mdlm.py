@@ -568,16 +568,16 @@ def plan(todo, steps, cfg, g):
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     grid = times if one or cfg.quota == "even" else get_schedule(cfg.grid)[0](times)
     left, show, hide = N, [], []
-    for t, s in zip(grid.tolist(), grid[1:].tolist()):  # mask rates; s < t
-        most = min(1.0, s / (1 - t)) if t < 1 else 0.0  # or P(masked at s) = s would be lost
+    for gamma_t, gamma_s in zip(grid.tolist(), grid[1:].tolist()):
+        most = min(1.0, gamma_s / (1 - gamma_t)) if gamma_t < 1 else 0.0  # or gamma_s were exceeded
         sigma = {"none": 0.0, "rescale": cfg.remask_eta * most}.get(
             cfg.remask, min(cfg.remask_eta, most))
         if cfg.quota == "binomial" and not one:
             hide.append(binomial(N - left, sigma, g))
-            rho = (t - s + sigma * (1 - t)) / t  # (E9); with sigma = 0 (E6)
+            rho = (gamma_t - gamma_s + sigma * (1 - gamma_t)) / gamma_t  # (E9); sigma = 0: (E6)
             show.append(binomial(left, min(rho, 1.0), g))
         else:
-            goal = torch.minimum(left, (N * s + 1e-6).floor().long())  # masks that are left at s
+            goal = torch.minimum(left, (N * gamma_s + 1e-6).floor().long())  # masks left at s
             hide.append(torch.minimum((sigma * (N - left)).round().long(), goal))
             show.append(left - goal + hide[-1])
         left = left - show[-1] + hide[-1]
