@@ -130,13 +130,13 @@ class Config:
                              "choose one of the two")
         if self.remask != "none" and self.quota == "threshold":
             raise ValueError("--remask follows a plan of mask rates, --quota threshold has none: "
-                             "choose another quota")
+                             "add --remask none, or choose another quota")
 
 
 PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256, lr=2e-3),
                medium=dict(n_layer=12, n_head=12, n_embd=768, seq_len=512, lr=1e-3))
 SHAPE = ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd", "rows")  # fixed by a checkpoint
-FAST = dict(order="margin", sampling_steps=32, temperature=0.5, remask="conf", remask_eta=1.0)
+FAST = dict(order="maxprob", sampling_steps=32, temperature=0.5, remask="conf", remask_eta=1.0)
 # FAST is what sample and eval do unless told otherwise: most valid tales in 16 and in 32 calls, see
 # LOG.md. The defaults above are the law that the likelihoods are about, one token a call.
 
