@@ -508,7 +508,9 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_finished(how, tmp_
     (tmp_path / "text").mkdir()
     rows = [json.dumps({"text": sentence(i) * 20}) + "\n" for i in range(3000)]
     (tmp_path / "text" / "a.jsonl").write_text("".join(rows))
-    slow = ("import sys, time; sys.path.insert(0, sys.argv.pop(1)); from data import prepare as P\n"
+    slow = ("import signal, sys, time; sys.path.insert(0, sys.argv.pop(1))\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs\n"
+            "from data import prepare as P\n"
             "add = P.Writer.add\n"
             "def slowly(self, *a): add(self, *a); self.file.flush(); time.sleep(0.01)\n"
             "P.Writer.add = slowly; P.main()")
