@@ -509,7 +509,7 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_finished(how, tmp_
     rows = [json.dumps({"text": sentence(i) * 20}) + "\n" for i in range(3000)]
     (tmp_path / "text" / "a.jsonl").write_text("".join(rows))
     slow = ("import signal, sys, time; sys.path.insert(0, sys.argv.pop(1))\n"
-            "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored\n"
             "from data import prepare as P\n"
             "add = P.Writer.add\n"
             "def slowly(self, *a): add(self, *a); self.file.flush(); time.sleep(0.01)\n"
