@@ -637,25 +637,51 @@ def plot_integrand(path, rate, cost, cfg):
     replace(path, lambda p: figure.savefig(p, format="png"))
 
 
-def plot_quality(path, rows, real):
-    """quality.png: quality and diversity of samples against network calls, a line per order (mean
+def plot_noise(path, lam, alone, info, schedules, cfg):
+    """noise.png: where on the log-SNR axis tokens are lost. Top: what is left to know of a token by
+    own evidence alone, `alone` in nats at `lam`; and what the model pays there, whose area is DIFF
+    (info of nelbo: lam, cost). Bottom: when each schedule {name: lam (n,)} is where."""
+    figure, (top, bottom) = _axes(7, 6, 2)
+    low, high = lam[0], lam[-1]
+    cell = ((info["lam"] - low) / (high - low) * 40).floor().clamp(0, 39)
+    bins = [(low + (k + 0.5) / 40 * (high - low), info["cost"][cell == k]) for k in range(40)
+            if (cell == k).any()]
+    x, y = zip(*((at, cost.mean().item()) for at, cost in bins))
+    area = sum(y) * (high - low) / 40
+    top.plot(lam, alone, color="gray", label="-log p of an isolated token, in nats")
+    top.plot(x, y, color="tab:blue", marker="o", ms=3,
+             label=f"the model's cost per unit of log-SNR; area {area:.2f} = DIFF per position")
+    top.fill_between(x, y, alpha=0.2)
+    top.set(ylabel="nats", ylim=(0, None), title=f"{path.parent.name}: where tokens are lost")
+    for name, curve in schedules.items():
+        bottom.plot(curve, [k / (len(curve) - 1) for k in range(len(curve))], label=name,
+                    lw=2.5 if name == cfg.schedule else 1)
+    bottom.set(xlabel="log-SNR of a position (clean on the right)", ylabel="its own time")
+    for axes in (top, bottom):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    replace(path, lambda p: figure.savefig(p, format="png"))
+
+
+def plot_quality(path, rows, real, key="order"):
+    """quality.png: quality and diversity of samples against network calls, a line per `key` (mean
     and range over seeds); dashed: real documents. rows: `samples` rows of the log."""
     names = {"valid": "share valid", "known": "share of known sentences",
              "judge": "nats/token, by ar.py", "entropy": "unigram entropy, nats"}
-    names = {key: label for key, label in names.items() if rows[0].get(key) is not None}
+    names = {name: label for name, label in names.items() if rows[0].get(name) is not None}
     figure, panels = _axes(7, 2.3 * len(names), len(names))
     panels = panels if len(names) > 1 else [panels]
-    for axes, (key, label) in zip(panels, names.items()):
-        for order in dict.fromkeys(row["order"] for row in rows):
+    for axes, (name, label) in zip(panels, names.items()):
+        for line in dict.fromkeys(row[key] for row in rows):
             points = {}
-            for row in (row for row in rows if row["order"] == order):
-                points.setdefault(row["sampling_steps"], []).append((row["nfe"], row[key]))
+            for row in (row for row in rows if row[key] == line):
+                points.setdefault(row["sampling_steps"], []).append((row["nfe"], row[name]))
             x = [sum(n for n, _ in p) / len(p) for p in points.values()]
             y = [[v for _, v in p] for p in points.values()]
-            line, = axes.plot(x, [sum(v) / len(v) for v in y], marker="o", ms=4, label=order)
+            drawn, = axes.plot(x, [sum(v) / len(v) for v in y], marker="o", ms=4, label=line)
             axes.fill_between(x, list(map(min, y)), list(map(max, y)), alpha=0.2,
-                              color=line.get_color(), lw=0)
-        axes.axhline(real[key], ls="--", color="gray", label="real text")
+                              color=drawn.get_color(), lw=0)
+        axes.axhline(real[name], ls="--", color="gray", label="real text")
         axes.set(ylabel=label, xscale="log")
         axes.set_xticks(x, [f"{n:.0f}" for n in x])
         axes.minorticks_off()

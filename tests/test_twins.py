@@ -21,12 +21,28 @@ ALLOWED = {"mdlm": {
     "nelbo": "a bound that has to be estimated",
     "sample": "the method",
     "main": "log-linear is explained, eval measures more, sample fills holes",
+}, "dit_embed": {
+    "docstring": "another method",
+    "NAME, BOUND": "its name; its likelihood is an upper bound",
+    "Config": "the method block; combinations that cannot work are refused at once",
+    "Block": "adaLN tells the network the noise level; normalisation before or after",
+    "Model": "noisy vectors as input, evidence, noise levels, attention both ways",
+    "loss_fn": "the method",
+    "nelbo": "a bound that has to be estimated",
+    "sample": "the method",
+    "main": "eval measures more, sample fills holes",
 }}
 # top-level names of ar.py that a script does without, and why
 GONE = {"mdlm": {
     "charged": "every position of a row is charged",
     "token_nll": "takes a left-to-right factorisation",
     "nll": "the exact likelihood is out of reach; `exact` computes it for short rows",
+    "infill_left": "the method looks both ways anyway",
+    "infill_exact": "infilling is what the method does",
+}, "dit_embed": {
+    "charged": "every position of a row is charged",
+    "token_nll": "takes a left-to-right factorisation",
+    "nll": "the exact likelihood is out of reach",
     "infill_left": "the method looks both ways anyway",
     "infill_exact": "infilling is what the method does",
 }}
@@ -53,9 +69,30 @@ NEW = {"mdlm": {
     "reveal": "one call of the sampler (E7)",
     "holes": "what eval hides for infilling",
     "evaluate_all": "masked accuracy, infilling, few-step samples",
+}, "dit_embed": {
+    "Literal": "choices of the method block",
+    "FAST": "the sampler of the command line",
+    "ends": "the range of noise levels",
+    "modulate": "adaLN",
+    "SCHEDULES": "noise levels (E1)",
+    "log_snr": "noise levels (E1)",
+    "clocks": "every position's own time (E2)",
+    "levels": "every position's own time (E2)",
+    "noised": "noise (E1)",
+    "estimate": "what an answer means (E4) (E5)",
+    "predict": "self-conditioning",
+    "rounding_nll": "a decoder without a network (E3)",
+    "prior_kl": "the bound's first part (E6)",
+    "bridge": "a step (E8)",
+    "nelbo_steps": "the bound of few steps (E7) (E10)",
+    "deal": "clocks by certainty",
+    "aim": "what a step goes for (E10)",
+    "holes": "what eval hides for infilling",
+    "best_token": "accuracy",
+    "evaluate_all": "accuracy, infilling, few-step samples",
 }}
 # fields of the shared blocks of Config with another default, and why
-DEFAULTS = {"mdlm": {}}
+DEFAULTS = {"mdlm": {}, "dit_embed": {}}
 OTHERS = list(ALLOWED)
 each = pytest.mark.parametrize("name", OTHERS)
 
