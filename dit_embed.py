@@ -291,16 +291,15 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attn = nn.RMSNorm(cfg.n_embd), Attention(cfg)
         self.norm2, self.mlp = nn.RMSNorm(cfg.n_embd), MLP(cfg)
-        self.ada_head = nn.Linear(cfg.n_embd, 6 * cfg.n_embd) if cfg.cond == "adaln" else None
         self.post = cfg.norm == "post"
 
-    def forward(self, x, rope, causal, past=None, noise=None, place=None):
-        """noise (U, C): the noise levels in use; place (B, T): which of them a position has.
-        adaLN-zero (Peebles & Xie 2023, section 3.2): a block starts as the identity because its
-        residual outputs are zero; gates that start at zero as well would never learn."""
+    def forward(self, x, rope, causal, past=None, ada=None, place=None):
+        """ada: six (U, C), what the U noise levels in use scale and shift; place (B, T): the level
+        of a position. adaLN-zero (Peebles & Xie 2023, section 3.2): a block starts as the identity
+        because its residual outputs are zero; gates that start at zero too would never learn."""
         a1 = b1 = c1 = a2 = b2 = c2 = None
-        if self.ada_head is not None:
-            a1, b1, c1, a2, b2, c2 = F.embedding(place, self.ada_head(noise)).chunk(6, -1)
+        if ada is not None:
+            a1, b1, c1, a2, b2, c2 = (F.embedding(place, part) for part in ada)
         y = self.attn(modulate(x if self.post else self.norm1(x), a1, b1), rope, causal, past)
         x = x + modulate(y, c1, 0.0)
         x = self.norm1(x) if self.post else x
@@ -325,7 +324,8 @@ class Model(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.head_width, self.range = cfg.n_embd // cfg.n_head, ends(cfg)
+        self.n_head, self.head_width = cfg.n_head, cfg.n_embd // cfg.n_head
+        self.range = ends(cfg)
         self.emb_norm, self.emb_train = cfg.emb_norm, cfg.emb_train
         self.input, self.pos, self.cond = cfg.input, cfg.pos, cfg.cond
         self.skip = cfg.skip and cfg.param == "logits"
@@ -342,11 +342,16 @@ class Model(nn.Module):
         if cfg.cond != "none":
             self.noise_in = nn.Linear(2 * 64, cfg.n_embd)
             self.noise_head = nn.Linear(cfg.n_embd, cfg.n_embd)
+        if cfg.cond == "adaln":  # outside of the blocks, where Muon would make it far too fast
+            self.ada_heads = nn.ModuleList(nn.Linear(cfg.n_embd, 6 * cfg.n_embd)
+                                           for _ in range(cfg.n_layer))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.n_embd)
         self.head = nn.Linear(cfg.n_embd, cfg.vocab_size if cfg.param == "logits" else cfg.emb_dim)
         init_weights(self)
         nn.init.normal_(self.code.weight)
+        for head in self.ada_heads if cfg.cond == "adaln" else ():
+            nn.init.zeros_(head.weight)
 
     def table(self):
         """The embeddings E (V, d), rows of norm cfg.emb_norm, or free if that is 0."""
@@ -376,29 +381,33 @@ class Model(nn.Module):
 
     def forward(self, z, lam, where=None, guess=None):
         T = z.shape[1]
-        ev = self.evidence(z, lam)  # (B, T, V)
-        x = torch.zeros(1, device=z.device)
-        if self.input != "raw":  # the posterior mean of the input, given the position's own z
-            x = x + ev.softmax(2) @ self.wte.weight  # (B, T, C)
+        x = torch.zeros(*lam.shape, self.head_width * self.n_head, device=z.device)
+        if self.input != "raw":  # the posterior mean of the input, given the position's own z;
+            known = lam > self.range[1] + 1e-3  # zero at the noisy end, where nothing is known
+            p = self.evidence(z[known], lam[known]).softmax(1)  # (number known, V)
+            x[known] = (p @ self.wte.weight).to(x.dtype)
         if self.input != "evidence":
             x = x + self.raw_in(z)
         if guess is not None:
             x = x + self.guess_head(guess)
-        noise = place = None
+        place, ada = None, [None] * len(self.blocks)
         if self.cond != "none":  # every level that occurs is embedded once
             levels, place = lam.unique(return_inverse=True)
             noise = self.embed_noise(levels)  # (U, C)
-            x = x + F.embedding(place, self.noise_head(noise))
+            x = x + F.embedding(place, 0.1 * self.noise_head(noise))  # 0.1: AdamW moves these
+        if self.cond == "adaln":  # weights too fast for what hangs on them
+            ada = [(0.1 * head(noise)).chunk(6, 1) for head in self.ada_heads]
         if self.pos != "rotary":
             x = x + self.wpe.weight[:T]
         x = x + self.near(x.transpose(1, 2)).transpose(1, 2)  # three neighbours on each side
         rope = rotary(torch.arange(T, device=z.device) * (self.pos != "learned"), self.head_width)
-        for block in self.blocks:
-            x = block(x, rope, False, None, noise, place)
+        for block, parts in zip(self.blocks, ada):
+            x = block(x, rope, False, None, parts, place)
         x = self.norm(x)
         out = self.head(x if where is None else x[where])
         if self.skip:  # what a position knows of itself enters exactly, context adds to it
-            out = out.float() + (ev if where is None else ev[where])  # (E4)
+            z, lam = (z, lam) if where is None else (z[where], lam[where])
+            out = out.float() + self.evidence(z, lam)  # (E4)
         return out
 
 
@@ -409,6 +418,7 @@ def init_weights(model):
             nn.init.zeros_(p)
         elif p.dim() > 1:
             nn.init.normal_(p, std=0.02)
+
 
 # ----------------------------------------------------------------------------------------------
 # 4. corrupt and loss

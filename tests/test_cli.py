@@ -17,11 +17,12 @@ import torch
 
 import ar
 import common
+import dit_embed
 import mdlm
 from data import prepare, tales
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [ar, mdlm]
+SCRIPTS = [ar, mdlm, dit_embed]
 both = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.NAME)
 TINY = ("--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --seq-len 32 --batch-size 4 --steps 4 "
         "--warmup 1 --eval-every 2 --save-every 2 --device cpu --dtype float32").split()
@@ -29,7 +30,7 @@ TINY = ("--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --seq-len 32 --batc
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a text, a cache, and a finished run of each script: ar/ and mdlm/."""
+    """A folder with a text, a cache, and a finished run of each script: ar/, mdlm/, dit_embed/."""
     home, draw = tmp_path_factory.mktemp("home"), random.Random(0)
     words = ["the cat|a dog|my friend|the old king", "saw|liked|found|lost",
              "a red ball|the house|some bread|a tall tree"]

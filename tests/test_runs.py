@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 
 import ar
 import common
+import dit_embed
 import mdlm
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [ar, mdlm]
+SCRIPTS = [ar, mdlm, dit_embed]
 both = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.NAME)
 FILES = {"config.json", "tokenizer.json", "log.jsonl", "model.safetensors", "state.pt",
          "samples.txt", "loss.png", "trace.png"}
@@ -394,8 +395,8 @@ def test_the_average_follows_its_formula_and_ema_0_is_the_raw_model(text, quick,
 
 @pytest.mark.parametrize("script, changes", [
     (ar, {}), (ar, dict(rows="docs")), (mdlm, {}), (mdlm, dict(loss="ce_batch")),
-    (mdlm, dict(loss="nelbo", exact_count=False))],
-    ids=["ar", "ar_docs", "mdlm", "ce_batch", "nelbo"])
+    (mdlm, dict(loss="nelbo", exact_count=False)), (dit_embed, {}), (dit_embed, dict(loss="vlb"))],
+    ids=["ar", "ar_docs", "mdlm", "ce_batch", "nelbo", "dit_embed", "vlb"])
 def test_two_micro_batches_of_four_are_one_batch_of_eight(script, changes, text, quick, tmp_path):
     for name, size in dict(one=dict(batch_size=8), two=dict(batch_size=4, grad_accum=2)).items():
         script.train(config(script, text, tmp_path / name, lr=1e-3, **changes, **size))

@@ -73,7 +73,7 @@ NEW = {"mdlm": {
     "Literal": "choices of the method block",
     "FAST": "the sampler of the command line",
     "ends": "the range of noise levels",
-    "modulate": "adaLN",
+    "modulate": "scale and shift of adaLN",
     "SCHEDULES": "noise levels (E1)",
     "log_snr": "noise levels (E1)",
     "clocks": "every position's own time (E2)",

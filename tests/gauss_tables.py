@@ -1,0 +1,235 @@
+"""Gaussian diffusion on the embeddings of tiny joint laws, where Bayes' rule can be written out:
+exact denoisers, the exact laws of samplers on a grid, bounds by quadrature. Everything is float64
+inside and shares no code with dit_embed.py.
+
+A level is a log-SNR lam: z = alpha e + sigma eps, alpha^2 = 1 / (1 + exp(-lam)). `E` (V, d) holds
+the embeddings, `joint` (V^T,) the probabilities of all rows in the order of tables.all_rows.
+"""
+import math
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from tables import all_rows, generator
+
+LINE = torch.tensor([[-1.5], [-0.5], [0.5], [1.5]])  # four words on a line
+PLANE = torch.tensor([[1.0, 0.2], [-0.7, 0.9], [-0.1, -1.3]])  # three in the plane
+
+
+def dirichlet(V, T, seed=0, share=0.4):
+    """A random joint law of rows: (V^T,)."""
+    return torch.from_numpy(np.random.RandomState(seed).dirichlet(np.full(V ** T, share)))
+
+
+def entropy(law):
+    return torch.special.entr(law).sum().item()
+
+
+def marginals(joint, V, T):
+    """p(x_i = v): (T, V)."""
+    one_hot = nn.functional.one_hot(all_rows(V, T), V).double()
+    return (joint[:, None, None] * one_hot).sum(0)
+
+
+def alpha_sigma(lam):
+    lam = torch.as_tensor(lam, dtype=torch.float64)
+    return (1 / (1 + (-lam).exp())).sqrt(), (1 / (1 + lam.exp())).sqrt()
+
+
+def settings(high, low, V=4, T=2, d=1, **changes):
+    """Every field of a Config that these tests depend on; levels from `high` down to `low`."""
+    changes = dict(emb_norm=0.0, gamma_shift=0.0) | changes
+    center = math.log(2 * math.log(V) / (changes["emb_norm"] ** 2 or d)) - changes["gamma_shift"]
+    return dict(vocab_size=V, seq_len=T, emb_dim=d, lam_above=high - center, lam_below=center - low,
+                schedule="logsnr", window=1.0, param="logits", loss="auto", anchor=1.0,
+                allow_collapse=False, emb_train=True, skip=True, input="evidence", pos="both",
+                norm="pre", cond="adaln", selfcond=0.0, prefix=0.0, sampler="auto", eta=0.0,
+                clamp=False, rounding="draw", clock="random", given="clean", sampling_steps=0,
+                guidance=0.0, temperature=1.0, top_k=0, top_p=1.0, n_layer=1, n_head=2, n_embd=16,
+                lr=6e-3, warmup=50, steps=1600) | changes
+
+
+class Oracle(nn.Module):
+    """dit_embed's model for a joint law: the exact log p(x_i = v | all z, all levels), or the exact
+    mean embedding said as `param` says it. `tilt` adds a smooth function of z_i: a worse network.
+    It keeps what it was asked: calls (z, lam, where, guess), reads (z, lam) of evidence."""
+
+    def __init__(self, joint, E, T, tilt=0.0, param="logits"):
+        super().__init__()
+        self.code = nn.Parameter(E.clone())
+        self.E, self.V, self.T, self.tilt, self.param = E.double(), len(E), T, tilt, param
+        self.joint, self.rows = joint, all_rows(len(E), T)
+        self.one_hot = nn.functional.one_hot(self.rows, self.V).double().flatten(1)
+        g = generator(7)
+        self.wave = torch.randn(E.shape[1], self.V, generator=g, dtype=torch.float64)
+        self.phase = 6 * torch.rand(self.V, generator=g, dtype=torch.float64)
+        self.calls, self.reads = [], []
+
+    def table(self):
+        return self.code
+
+    def likelihood(self, z, lam):
+        """log N(z; alpha E_v, sigma^2) but for a constant in v: (..., V)"""
+        alpha, sigma = alpha_sigma(lam)
+        far = (z.double()[..., None, :] - alpha[..., None, None] * self.E).square().sum(-1)
+        return -0.5 * far / sigma.square()[..., None]
+
+    def evidence(self, z, lam):
+        self.reads.append((z, lam))
+        log = self.likelihood(z, lam)
+        return (log - log.amax(-1, True)).float()
+
+    def mean(self, logits):
+        return (logits.double().softmax(-1) @ self.E).float()
+
+    def joint_posterior(self, z, lam):
+        """log p(x | z) of all rows: (B, V^T)"""
+        log = self.likelihood(z, lam)[:, torch.arange(self.T), self.rows].sum(2)
+        return (log + self.joint.log()).log_softmax(1)
+
+    def logits(self, z, lam):
+        """(B, T, V) float64"""
+        p = (self.joint_posterior(z, lam).exp() @ self.one_hot).view(*z.shape[:2], self.V)
+        return p.clamp(min=1e-300).log() + self.tilt * (z.double() @ self.wave + self.phase).cos()
+
+    def forward(self, z, lam, where=None, guess=None):
+        self.calls.append((z, lam, where, guess))
+        out = self.logits(z, lam)
+        if self.param != "logits":
+            alpha, sigma = (y[..., None] for y in alpha_sigma(lam))
+            out = out.softmax(2) @ self.E
+            out = {"x0": out, "eps": (z - alpha * out) / sigma,
+                   "v": (alpha * z - out) / sigma}[self.param]
+        out = out.float()
+        return out if where is None else out[where]
+
+    def one(self, z, lam):
+        """For a single position: z (n,) on the line, a number lam -> logits (n, V)."""
+        return self.logits(z[:, None, None], torch.full((len(z), 1), float(lam)))[:, 0]
+
+
+def hermite(nodes, dims):
+    """Nodes (nodes^dims, dims) and weights of a standard normal expectation."""
+    x, w = np.polynomial.hermite_e.hermegauss(nodes)
+    x, w = torch.from_numpy(x), torch.from_numpy(w / w.sum())
+    return torch.cartesian_prod(*dims * [x]).view(-1, dims), \
+        torch.cartesian_prod(*dims * [w]).view(-1, dims).prod(1)
+
+
+def gap(model, high, low, eps, weight):
+    """What the bound of an exact denoiser is above the entropy: KL(q(z at low) || N(0, 1)), and
+    sum_i H(x_i | z) - H(x | z) at high. eps (n, T, d) and weight (n,) stand for the noise."""
+    kl = total = 0.0
+    T = model.T
+    for row, p in enumerate(model.joint):
+        emb = model.E[model.rows[row]]
+        for lam in (low, high):
+            alpha, sigma = alpha_sigma(lam)
+            z, lams = alpha * emb + sigma * eps, torch.full((len(eps), T), float(lam))
+            if lam == high:
+                log = model.joint_posterior(z, lams)
+                each = (log.exp() @ model.one_hot).view(-1, T, model.V)
+                own = each[:, torch.arange(T), model.rows[row]].clamp(min=1e-300).log().sum(1)
+                total += p * (weight * (log[:, row] - own)).sum()
+                continue
+            log = model.likelihood(z, lams)[:, torch.arange(T), model.rows].sum(2)
+            log = (log + model.joint.log()).logsumexp(1) - eps[0].numel() * sigma.log()
+            kl += p * (weight * (log + 0.5 * z.square().sum((1, 2)))).sum()
+    return kl.item(), total.item()
+
+
+# ---- one position on the line: chains and their bounds. lams[0] is the clean end; `logits_of(z,
+# lam)` maps points (n,) and a number to (n, V)
+
+
+def conditioning(lam_t, lam_s):
+    """A, B and the deviation of z_s given z_t and the token, by Gaussian conditioning: z_t is z_s
+    scaled, plus independent noise."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(lam_t), alpha_sigma(lam_s)
+    scale = alpha_t / alpha_s
+    extra = sigma_t ** 2 - scale ** 2 * sigma_s ** 2
+    variance = 1 / (1 / sigma_s ** 2 + scale ** 2 / extra)
+    return variance * scale / extra, variance * alpha_s / sigma_s ** 2, variance.sqrt()
+
+
+def normal(x, mean, sd):
+    return (-0.5 * ((x - mean) / sd).square()).exp() / (sd * math.sqrt(2 * math.pi))
+
+
+def nearest(x, E):
+    return E[(x[:, None] - E).abs().argmin(1)]
+
+
+def chain_law(logits_of, E, lams, kind, eta=1.0, clamp=False, decode=None, reach=7.0, h=0.02):
+    """The token probabilities (V,) of a sampler that starts at N(0, 1) and takes a Gaussian step
+    between neighbouring levels, on a grid; with eta = 0 its points move without noise instead."""
+    E = E.double().flatten()
+    z = torch.arange(-reach, reach + h / 2, h, dtype=torch.float64)
+    grid, weight = z, normal(z, 0.0, torch.tensor(1.0).double()) * h
+    for t, s in zip(lams[:0:-1], lams[-2::-1]):
+        A, B, sd = conditioning(t, s)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(t), alpha_sigma(s)
+        p = logits_of(z, t).softmax(1)
+        goal = nearest(p @ E, E) if clamp else p @ E
+        if kind == "token":
+            move = sum(p[:, v, None] * normal(grid, (A * z + B * E[v])[:, None], sd)
+                       for v in range(len(E)))
+        elif kind == "ancestral":
+            move = normal(grid, (A * z + B * goal)[:, None], sd)
+        else:
+            eps = (z - alpha_t * goal) / sigma_t
+            mean = alpha_s * goal + (sigma_s ** 2 - (eta * sd) ** 2).sqrt() * eps
+            if not eta:
+                z = mean
+                continue
+            move = normal(grid, mean[:, None], eta * sd)
+        weight = weight @ move * h
+    p = (decode or (lambda z: logits_of(z, lams[0]).softmax(1)))(z)
+    return weight @ p / weight.sum()
+
+
+def one_bound(logits_of, E, lams, mixture, points=161, reach=6.5):
+    """The bound of a chain's steps for every token of a single position, by quadrature: (V,)."""
+    E = E.double().flatten()
+    x = torch.linspace(-reach, reach, points, dtype=torch.float64)
+    w = normal(x, 0.0, torch.tensor(1.0).double())
+    w = w / w.sum()
+    alpha, sigma = alpha_sigma(lams[-1])
+    total = 0.5 * (sigma ** 2 - 1 - 2 * sigma.log() + alpha ** 2 * E ** 2)
+    alpha, sigma = alpha_sigma(lams[0])
+    for v in range(len(E)):
+        total[v] -= w @ logits_of(alpha * E[v] + sigma * x, lams[0]).log_softmax(1)[:, v]
+    for t, s in zip(lams[1:], lams[:-1]):
+        (alpha, sigma), (A, B, sd) = alpha_sigma(t), conditioning(t, s)
+        for v in range(len(E)):
+            z = alpha * E[v] + sigma * x
+            p = logits_of(z, t).softmax(1)
+            if not mixture:
+                error = (E[v] - p @ E).square()
+                total[v] += 0.5 * (math.exp(s) - math.exp(t)) * (w @ error)
+                continue
+            y = B * E[v] + sd * x  # z_s - A z_t, the same for all z_t
+            ratio = (-0.5 * (((y[:, None] - B * E) / sd).square() - x[:, None].square())).exp()
+            total[v] -= w @ (p @ ratio.T).log() @ w
+    return total
+
+
+def one_continuous(logits_of, E, high, low, points=161, reach=6.5, cells=80):
+    """The bound of infinitely many steps for every token of a single position: (V,)."""
+    E = E.double().flatten()
+    x = torch.linspace(-reach, reach, points, dtype=torch.float64)
+    w = normal(x, 0.0, torch.tensor(1.0).double())
+    w, total = w / w.sum(), torch.zeros_like(E)
+    alpha, sigma = alpha_sigma(low)
+    total += 0.5 * (sigma ** 2 - 1 - 2 * sigma.log() + alpha ** 2 * E ** 2)
+    alpha, sigma = alpha_sigma(high)
+    node, share = np.polynomial.legendre.leggauss(cells)
+    for v in range(len(E)):
+        total[v] -= w @ logits_of(alpha * E[v] + sigma * x, high).log_softmax(1)[:, v]
+        for u, c in zip(node, share):
+            lam = low + (high - low) * (u + 1) / 2
+            a, s = alpha_sigma(lam)
+            error = (E[v] - logits_of(a * E[v] + s * x, lam).softmax(1) @ E).square()
+            total[v] += 0.25 * (high - low) * c * math.exp(lam) * (w @ error)
+    return total
