@@ -156,8 +156,11 @@ class Config:
 PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256, lr=2e-3),
                medium=dict(n_layer=12, n_head=12, n_embd=768, seq_len=512, lr=1e-3))
 SHAPE = ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd", "rows")  # fixed by a checkpoint
+METHOD = ("emb_dim", "emb_norm", "emb_train", "gamma_shift", "lam_above", "lam_below", "param",
+          "skip", "input", "pos", "norm", "cond")  # so are these
 FAST = dict(clock="maxprob", sampling_steps=32, temperature=0.5)
-
+# FAST is what sample and eval do unless told otherwise: most valid tales in few calls, see LOG.md.
+# The defaults above are the law that the likelihoods are about.
 
 # ----------------------------------------------------------------------------------------------
 # 2. data
@@ -1030,11 +1033,12 @@ def main(argv):
     stored = common.load_config(Config, out)  # flags are laid over what the run was made with
     if command != "train":
         stored = dataclasses.replace(stored, **{
-            k: v for k, v in FAST.items() if getattr(stored, k) == getattr(Config, k)})
+            k: v for k, v in FAST.items() if getattr(stored, k) == getattr(Config, k)
+            and (k != "clock" or stored.param == "logits")})
     cfg = common.parse(Config, PRESETS, argv, __doc__, default=stored)
     if command == "train":
         return train(cfg) and None
-    common.check_same(cfg, stored, SHAPE, f"the checkpoint in {out}")
+    common.check_same(cfg, stored, SHAPE + METHOD, f"the checkpoint in {out}")
     with common.Run(cfg, out, False, "eval.jsonl" if command == "eval" else "log.jsonl") as run:
         model, tokenizer = Model(cfg).to(run.device).requires_grad_(False), load_tokenizer(out)
         common.load_weights(model, out)

@@ -150,7 +150,9 @@ def test_sample_follows_its_flags(script, home, cli):
     def drawn(*argv):
         assert cli(script, "sample", "--out", out, "--n", 2, *argv)[0] == 0
         return (out / "samples.txt").read_bytes()
-    assert drawn("--temperature", 0) == drawn("--top-k", 1) != drawn()
+    assert drawn("--temperature", 0) != drawn() != drawn("--top-k", 1)
+    if script is not dit_embed:  # whose temperature leaves the own evidence of a position alone
+        assert drawn("--temperature", 0) == drawn("--top-k", 1)
     assert drawn() == drawn() != drawn("--seed", 3)
 
 
@@ -194,41 +196,95 @@ def test_eval_of_mdlm_writes_its_own_rows_and_two_figures_each_time_anew(home, c
     assert "not 'best'" in one_sentence(*cli(mdlm, "eval", "--eval-orders", "best")[::2])
 
 
-def test_sample_fills_holes_and_keeps_the_rest(home, cli):
-    code, _, _ = cli(mdlm, "sample", "--out", home / "mdlm", "--infill", "the ___3 saw a___4",
-                     "--n", 2)
-    texts = (home / "mdlm" / "samples.txt").read_bytes().split(b"\n<|endoftext|>\n")
+def test_eval_of_dit_embed_writes_its_own_rows_and_three_figures(home, cli, tmp_path):
+    out = shutil.copytree(home / "dit_embed", tmp_path / "run")
+    before = (out / "log.jsonl").read_text()
+    code, said, err = cli(dit_embed, "eval", "--out", out, "--judge", home / "ar",
+                          "--eval-samplers", "token,ddim")
+    assert code == 0 and err == ""
+    rows = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+    kinds = [row["kind"] for row in rows]
+    assert kinds == (["config", "test", "parts"] + 12 * ["steps"] + 4 * ["accuracy"] +
+                     3 * ["infill"] + ["real"] + 8 * ["samples"])
+    test, parts, samples = rows[1], rows[2], rows[-8:]
+    assert f"test, {test['rows']} rows: <= {test['nats_per_token']:.3f} nats/token" in said
+    assert parts["bound"] == pytest.approx(sum(parts[k] for k in ("prior", "diff", "recon")))
+    assert [(r["sampler"], r["sampling_steps"]) for r in samples] == [
+        (sampler, steps) for sampler in ("token", "ddim") for steps in (4, 8, 16, 32)]
+    assert all(r["nfe"] <= r["sampling_steps"] + 1 and r["judge"] > 0 for r in samples)
+    for name in ("quality.png", "noise.png"):
+        assert (out / name).stat().st_size > 1000
+    assert (out / "log.jsonl").read_text() == before
+    assert "not 'best'" in one_sentence(*cli(dit_embed, "eval", "--eval-samplers", "best")[::2])
+
+
+@pytest.mark.parametrize("flags", ["--param eps", "--param v --loss vlb", "--window 1 --selfcond 1",
+                                   "--emb-norm 0 --emb-dim 32 --schedule cosine --norm post"])
+def test_every_variant_of_dit_embed_trains_samples_and_evaluates(flags, home, cli, tmp_path):
+    out = tmp_path / "run"
+    for command in ([], ["sample", "--infill", "a ___ b"],
+                    ["eval", "--judge", tmp_path, "--eval-samplers", "ancestral"]):
+        train = [] if command else ["--data", home / "small.txt", *TINY, *flags.split()]
+        code, said, err = cli(dit_embed, *command, *train, "--out", out)
+        assert code == 0, err
+    assert "<= " in said
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--param eps --loss ce", "--param eps does not: use --param logits, or --loss mse or vlb"),
+    ("--param v --sampler token", "--param v does not: use --param logits"),
+    ("--param x0 --anchor 0", "smallest when all embeddings are the same"),
+    ("--loss mse --anchor 0", "--allow-collapse"),
+    ("--window 0", "--window is 0.0, it must be more than 0 and at most 1"),
+    ("--window 1.5", "--window is 1.5"), ("--eta 2", "--eta is 2.0, it must be at most 1"),
+    ("--emb-dim 0", "--emb-dim is 0, it must be at least 1"),
+    ("--selfcond -1", "--selfcond is -1.0, it must be at least 0")])
+def test_what_cannot_work_is_refused_before_training(flags, sentence, home, cli, tmp_path):
+    code, _, err = cli(dit_embed, "--data", home / "small.txt", *TINY, "--out", tmp_path / "run",
+                       *flags.split())
+    assert sentence in one_sentence(code, err) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", [mdlm, dit_embed], ids=lambda s: s.NAME)
+def test_sample_fills_holes_and_keeps_the_rest(script, home, cli):
+    out = home / script.NAME
+    code, _, _ = cli(script, "sample", "--out", out, "--infill", "the ___3 saw a___4", "--n", 2)
+    texts = (out / "samples.txt").read_bytes().split(b"\n<|endoftext|>\n")
     assert code == 0 and len(texts) == 2
     for text in texts:
         assert text.startswith(b"the") and b" saw a" in text
     for flags, sentence in (("--infill", "no hole"), "--infill has no hole"), (
             ("--infill", "a ___ b", "--prompt", "x"), "exclude each other"), (
             ("--infill", 40 * "x" + "___"), "row has room for 31"):
-        code, _, err = cli(mdlm, "sample", "--out", home / "mdlm", *flags)
+        code, _, err = cli(script, "sample", "--out", out, *flags)
         assert sentence in one_sentence(code, err)
 
 
-def test_sample_is_fast_unless_told_otherwise(home, cli, tmp_path):
+@pytest.mark.parametrize("script, change", [
+    (mdlm, dict(order="l2r", remask="none")), (dit_embed, dict(clock="l2r", sampling_steps=3))],
+    ids=lambda p: getattr(p, "NAME", ""))
+def test_sample_is_fast_unless_told_otherwise(script, change, home, cli, tmp_path):
     """FAST holds for sample where neither the run nor the command line says something else."""
-    out = shutil.copytree(home / "mdlm", tmp_path / "run")
+    out = shutil.copytree(home / script.NAME, tmp_path / "run")
+    other = [part for k, v in change.items() for part in (f"--{k.replace('_', '-')}", str(v))]
     seen = []
 
     def spy(model, cfg, *rest):
         seen.append(cfg)
         return sample(model, cfg, *rest)
-    sample = mdlm.sample
+    sample = script.sample
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mdlm, "sample", spy)
-        cli(mdlm, "sample", "--out", out)
-        cli(mdlm, "sample", "--out", out, "--order", "l2r", "--remask", "none")
+        patch.setattr(script, "sample", spy)
+        cli(script, "sample", "--out", out)
+        cli(script, "sample", "--out", out, *other)
         stored = json.loads((out / "config.json").read_text())
         stored["config"]["temperature"] = 0.9
         (out / "config.json").write_text(json.dumps(stored))
-        cli(mdlm, "sample", "--out", out)
-    fast, told, run = ({k: getattr(cfg, k) for k in mdlm.FAST} for cfg in seen)
-    assert fast == mdlm.FAST and run == mdlm.FAST | dict(temperature=0.9)
-    assert told == mdlm.FAST | dict(order="l2r", remask="none")
-    assert all(getattr(mdlm.Config(), k) != v for k, v in mdlm.FAST.items())
+        cli(script, "sample", "--out", out)
+    fast, told, run = ({k: getattr(cfg, k) for k in script.FAST} for cfg in seen)
+    assert fast == script.FAST and run == script.FAST | dict(temperature=0.9)
+    assert told == script.FAST | change
+    assert all(getattr(script.Config(), k) != v for k, v in script.FAST.items())
 
 
 def test_the_naming_note_is_printed_with_log_linear_only(home, cli, tmp_path):

@@ -71,6 +71,7 @@ NEW = {"mdlm": {
     "evaluate_all": "masked accuracy, infilling, few-step samples",
 }, "dit_embed": {
     "Literal": "choices of the method block",
+    "METHOD": "what a checkpoint fixes besides",
     "FAST": "the sampler of the command line",
     "ends": "the range of noise levels",
     "modulate": "scale and shift of adaLN",
