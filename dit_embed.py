@@ -319,6 +319,13 @@ def ends(cfg):
     return center + cfg.lam_above, center - cfg.lam_below
 
 
+def match(y, weight, E):
+    """y.E_v - weight / 2 |E_v|^2 for every token v: (..., d), (..., 1), (V, d) -> (..., V). In
+    float32 even under autocast: it may be in the hundreds, and its differences count."""
+    with torch.autocast(y.device.type, enabled=False):
+        return torch.cat((y, -0.5 * weight), -1) @ torch.cat((E, E.square().sum(1, True)), 1).T
+
+
 class Model(nn.Module):
     """Bidirectional transformer over noisy embeddings: z (B, T, d), log-SNR lam (B, T) -> logits
     (B, T, V), or what cfg.param says, (B, T, d); for a boolean `where` (B, T) only those of the n
@@ -362,12 +369,9 @@ class Model(nn.Module):
         return self.emb_norm * F.normalize(E, dim=1) if self.emb_norm else E
 
     def evidence(self, z, lam):
-        """log q(z | v) for every token v but for a constant: (..., d), (...) -> (..., V). Float32
-        always: it may be in the hundreds, and its differences count."""
-        with torch.autocast(z.device.type, enabled=False):
-            E, snr = self.table(), lam.exp()[..., None]
-            y = torch.cat(((snr * (1 + snr)).sqrt() * z, -0.5 * snr), -1)  # alpha / sigma^2 z
-            return y @ torch.cat((E, E.square().sum(1, True)), 1).T  # (E3)
+        """log q(z | v) for every token v but for a constant: (..., d), (...) -> (..., V)."""
+        snr = lam.exp()[..., None]
+        return match((snr * (1 + snr)).sqrt() * z, snr, self.table())  # (E3), alpha / sigma^2 z
 
     def mean(self, logits):
         """Expected embedding under softmax(logits): (..., V) -> (..., d), in float32."""
@@ -632,7 +636,7 @@ def nelbo_steps(model, x0, cfg, g, steps, mixture=True):
         elif mixture:
             _, B, sigma_q = bridge(lam, lam_s)
             r = B * e + sigma_q * xi[todo]  # z_s - A z_t
-            u = (B / sigma_q ** 2) * (r @ E.T - 0.5 * B * E.square().sum(1))
+            u = match(B / sigma_q ** 2 * r, (B / sigma_q) ** 2, E)
             right = u.gather(1, x0[todo][:, None])[:, 0]
             nats = right - (out.log_softmax(1) + u).logsumexp(1)  # (E10)
         else:
@@ -697,7 +701,7 @@ def aim(model, out, z, lam, cfg, g):
         emb_hat = model.mean(logits)
     else:
         emb_hat = estimate(model, out, z, lam, cfg)
-    return E[torch.cdist(emb_hat, E).argmin(1)] if cfg.clamp else emb_hat
+    return E[match(emb_hat, torch.ones_like(lam)[:, None], E).argmax(1)] if cfg.clamp else emb_hat
 
 
 @torch.no_grad()
@@ -771,7 +775,8 @@ def sample(model, cfg, n, g, prompt=None, trace=None, start=None):
         if trace is not None:
             now = levels(max(k - 1, 0) / steps, tau, cfg)[1]
             p, best = model.evidence(z, now).softmax(2).max(2)
-            trace.append((nfe, torch.where(given, x, best.masked_fill(p < 0.5, V)).cpu()))
+            seen = torch.where(given, x, best.masked_fill(p < 0.5, V)) if k else x
+            trace.append((nfe, seen.cpu().clone()))
     return x, dict(nfe=nfe)
 
 
@@ -857,7 +862,7 @@ def holes(x0, cfg, g):
 def best_token(model, out, z, lam, cfg):
     """The likeliest tokens by the network's answer (n, V) or (n, d): (n,)."""
     if cfg.param != "logits":
-        out = -torch.cdist(estimate(model, out, z, lam, cfg), model.table())
+        out = match(estimate(model, out, z, lam, cfg), torch.ones_like(lam)[:, None], model.table())
     return out.argmax(1)
 
 

@@ -74,6 +74,7 @@ NEW = {"mdlm": {
     "METHOD": "what a checkpoint fixes besides",
     "FAST": "the sampler of the command line",
     "ends": "the range of noise levels",
+    "match": "evidence (E3) and mixtures (E10) in float32",
     "modulate": "scale and shift of adaLN",
     "SCHEDULES": "noise levels (E1)",
     "log_snr": "noise levels (E1)",
