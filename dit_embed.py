@@ -100,7 +100,7 @@ class Config:
     emb_dim: int = 16  # d, width of the embeddings that are diffused
     emb_norm: float = 1.0  # their norm r; 0 = free, of norm sqrt(d) at first
     emb_train: bool = True  # learn them; else they stay random
-    schedule: Literal["logsnr", "cosine", "linear", "sqrt"] = "logsnr"  # log-SNR against time
+    schedule: Literal["logsnr", "logistic", "cosine", "linear", "sqrt"] = "logsnr"  # SNR and time
     gamma_shift: float = 0.0  # lower the log-SNR of any schedule, and its range, by this
     lam_above: float = 3.0  # cleanest log-SNR, above the place where tokens are lost
     lam_below: float = 8.0  # noisiest log-SNR, below it
@@ -443,10 +443,16 @@ SCHEDULES = {  # name: log-SNR lam(t) and -d lam / dt; alpha^2 = sigmoid(lam) is
 
 def log_snr(t, cfg):
     """Times in [0, 1] -> log-SNR lam(t), falling, and -d lam / dt, 0 where the range cuts it off.
-    logsnr falls evenly through the range; the others have their papers' shapes within it."""
+    logsnr falls evenly through the range, logistic (a logistic distribution's quantiles) slowest
+    where tokens are lost; the others have their papers' shapes within the range."""
     high, low = ends(cfg)
     if cfg.schedule == "logsnr":
         return high + (low - high) * t, torch.full_like(t, high - low)
+    if cfg.schedule == "logistic":
+        a, b = 1 / (1 + math.exp(cfg.lam_above)), 1 / (1 + math.exp(-cfg.lam_below))
+        p = a + (b - a) * t.double()
+        lam = high - cfg.lam_above + (1 / p - 1).log()
+        return lam.clamp(low, high).to(t), ((b - a) / (p * (1 - p))).to(t)
     curve, slope = SCHEDULES[cfg.schedule]
     lam = (curve(t.double()) - cfg.gamma_shift).nan_to_num(low)
     slope = torch.where((lam > low) & (lam < high), slope(t.double()), 0.0)
@@ -899,7 +905,7 @@ def evaluate_all(run, model, cfg, n=64):
     alone = rounding_nll(model, some[:, None], z[:, None], lam[:, None]).view(41, n).mean(1)
     t = torch.linspace(0, 1, 201)
     curves = {name: log_snr(t, dataclasses.replace(cfg, schedule=name))[0].tolist()
-              for name in ("logsnr", *SCHEDULES)}
+              for name in ("logsnr", "logistic", *SCHEDULES)}
     common.plot_noise(run.out / "noise.png", lam.view(41, n)[:, 0].tolist(), alone.tolist(), info,
                       curves, cfg)
     # 3. accuracy where this share of the path is still ahead

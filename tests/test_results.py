@@ -39,11 +39,13 @@ def test_the_readme_shows_the_last_evaluation_of_a_result(path):
 
 @pytest.mark.parametrize("path", EVALS, ids=lambda p: p.stem)
 def test_the_readme_shows_the_samples_of_an_evaluation(path):
-    """`| order | calls | valid | known | agree | entropy | judge | file |`, means over seeds."""
+    """`| order or sampler | calls | valid | known | agree | entropy | judge | file |`, means over
+    seeds."""
     made, = rows(path, "config")
-    assert made["eval"].startswith("mdlm.py eval") and "data_dir" not in made["config"]
-    samples, shown = rows(path, "samples"), 0
-    assert len({row["order"] for row in samples}) >= 4
+    script = "mdlm" if path.stem.startswith("mdlm") else "dit_embed"
+    assert made["eval"].startswith(f"{script}.py eval") and "data_dir" not in made["config"]
+    samples, shown, key = rows(path, "samples"), 0, dict(mdlm="order", dit_embed="sampler")[script]
+    assert len({row[key] for row in samples}) >= 3
     seeds = {row["seed"] for row in samples}
     assert len(seeds) == made["config"]["eval_seeds"]
     for line in README.splitlines():
@@ -51,12 +53,24 @@ def test_the_readme_shows_the_samples_of_an_evaluation(path):
         if not line.startswith("|") or f"results/{path.name})" not in cells[-1]:
             continue
         some = [row for row in samples
-                if (row["order"], row["sampling_steps"]) == (cells[0], int(cells[1]))]
+                if (row[key], row["sampling_steps"]) == (cells[0], int(cells[1]))]
         means = [sum(row[key] for row in some) / len(some)
                  for key in ("valid", "known", "agree", "entropy", "judge")]
         assert cells[2:7] == [f"{mean:.2f}" for mean in means] and len(some) == len(seeds)
         shown += 1
     assert shown >= 3
+
+
+def test_the_readme_shows_what_each_head_of_dit_embed_learnt():
+    """`| head | first loss | last loss | bound |` of one budget; the loss that falls most is not
+    the bound that falls most."""
+    made = json.loads((ROOT / "results/heads.json").read_text("utf-8"))
+    assert {"command", "steps", "seed", "torch", "machine", "threads"} <= made.keys()
+    for row in made["rows"]:
+        assert row["nats_per_story"] == pytest.approx(
+            row["prior"] + row["diff"] + row["recon"], rel=1e-4)
+        assert (f"| {row['name']} | {row['loss'][0]:.2f} | {row['loss'][-1]:.2f} | <= "
+                f"{row['nats_per_story']:.0f} ± {row['se']:.0f} |") in README
 
 
 def test_the_tokenizer_of_the_results_is_the_one_in_the_repository():
