@@ -4,7 +4,7 @@ Method: Diffusion-LM (Li et al. 2022, arXiv 2205.14217), CDCD (Dieleman et al. 2
 (Gulrajani and Hashimoto 2023); the bound is that of VDM (Kingma et al. 2021, arXiv 2107.00630).
 
     python dit_embed.py                  MINUTES
-    python dit_embed.py sample --prompt "Once upon a time" --n 3 --trace
+    python dit_embed.py sample --prompt "Once upon a time" --n 3 --trace          64 calls, see FAST
     python dit_embed.py sample --infill "Once upon a ___ there was ___"
     python dit_embed.py eval             bound and its parts, accuracy, infilling, few-step samples
 
@@ -158,8 +158,8 @@ PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256,
 SHAPE = ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd", "rows")  # fixed by a checkpoint
 METHOD = ("emb_dim", "emb_norm", "emb_train", "gamma_shift", "lam_above", "lam_below", "param",
           "skip", "input", "pos", "norm", "cond")  # so are these
-FAST = dict(clock="maxprob", sampling_steps=32, temperature=0.5)
-# FAST is what sample and eval do unless told otherwise: most valid tales in few calls, see LOG.md.
+FAST = dict(clock="maxprob", sampler="ancestral", sampling_steps=64, temperature=0.5)
+# FAST is what sample and eval do unless told otherwise: most valid tales in 64 calls, see LOG.md.
 # The defaults above are the law that the likelihoods are about.
 
 # ----------------------------------------------------------------------------------------------

@@ -201,7 +201,7 @@ def one_bound(logits_of, E, lams, mixture, points=161, reach=6.5):
     for v in range(len(E)):
         total[v] -= w @ logits_of(alpha * E[v] + sigma * x, lams[0]).log_softmax(1)[:, v]
     for t, s in zip(lams[1:], lams[:-1]):
-        (alpha, sigma), (A, B, sd) = alpha_sigma(t), conditioning(t, s)
+        (alpha, sigma), (_, B, sd) = alpha_sigma(t), conditioning(t, s)
         for v in range(len(E)):
             z = alpha * E[v] + sigma * x
             p = logits_of(z, t).softmax(1)
