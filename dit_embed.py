@@ -114,7 +114,7 @@ class Config:
     pos: Literal["both", "learned", "rotary"] = "both"  # positions at the input, in the attention
     norm: Literal["pre", "post"] = "pre"  # where the blocks normalise
     cond: Literal["adaln", "add", "none"] = "adaln"  # how the network is told the noise level
-    selfcond: float = 0.0  # share of rows trained with an earlier estimate as input; 0 = off
+    selfcond: float = 0.0  # share of steps trained with an earlier estimate as input; 0 = off
     prefix: float = 0.0  # share of rows whose beginning, of random length, is clean in training
     sampler: Literal["auto", "token", "ancestral", "ddim"] = "auto"  # auto: token for logits
     eta: float = 0.0  # noise of ddim: 0 none, 1 ancestral
@@ -622,7 +622,9 @@ def bridge(lam_t, lam_s):
 @torch.no_grad()
 def nelbo_steps(model, x0, cfg, g, steps, mixture=True):
     """Upper bound on -log p of a sampler of `steps` steps, unbiased: (B,) nats per row. mixture:
-    sampler token (E10); else ancestral (E7)."""
+    sampler token (E10), for a network that says tokens; else ancestral (E7)."""
+    if mixture and cfg.param != "logits":
+        raise ValueError(f"a mixture of tokens needs their probabilities, param {cfg.param} has none")
     device, E = x0.device, model.table()
     emb, tau = E[x0], clocks(x0.shape, cfg, g).to(device)
     total = prior_kl(emb, cfg).double().sum(1)
@@ -747,7 +749,8 @@ def sample(model, cfg, n, g, prompt=None, trace=None, start=None):
         if cfg.guidance and given.any():
             low = log_snr(torch.ones_like(lam), cfg)[0]
             blind = torch.where(given[..., None], eps, z)
-            bare = model(blind, torch.where(given, low, lam), ask, guess)
+            unseen = None if guess is None else guess.masked_fill(given[..., None], 0.0)
+            bare = model(blind, torch.where(given, low, lam), ask, unseen)
             out = out + cfg.guidance * (out - bare.float())  # (E11)
             nfe += 1
         if cfg.selfcond:
