@@ -624,7 +624,7 @@ def nelbo_steps(model, x0, cfg, g, steps, mixture=True):
     """Upper bound on -log p of a sampler of `steps` steps, unbiased: (B,) nats per row. mixture:
     sampler token (E10), for a network that says tokens; else ancestral (E7)."""
     if mixture and cfg.param != "logits":
-        raise ValueError(f"a mixture of tokens needs their probabilities, param {cfg.param} has none")
+        raise ValueError(f"a mixture needs probabilities of tokens, param {cfg.param} has none")
     device, E = x0.device, model.table()
     emb, tau = E[x0], clocks(x0.shape, cfg, g).to(device)
     total = prior_kl(emb, cfg).double().sum(1)
