@@ -3,7 +3,7 @@
 Method: Diffusion-LM (Li et al. 2022, arXiv 2205.14217), CDCD (Dieleman et al. 2022), Plaid
 (Gulrajani and Hashimoto 2023); the bound is that of VDM (Kingma et al. 2021, arXiv 2107.00630).
 
-    python dit_embed.py                  MINUTES
+    python dit_embed.py             8 minutes, 2 CPU cores: <= 1.62 nats/token (entropy 0.91)
     python dit_embed.py sample --prompt "Once upon a time" --n 3 --trace          64 calls, see FAST
     python dit_embed.py sample --infill "Once upon a ___ there was ___"
     python dit_embed.py eval             bound and its parts, accuracy, infilling, few-step samples
@@ -158,7 +158,7 @@ PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256,
 SHAPE = ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd", "rows")  # fixed by a checkpoint
 METHOD = ("emb_dim", "emb_norm", "emb_train", "gamma_shift", "lam_above", "lam_below", "param",
           "skip", "input", "pos", "norm", "cond")  # so are these
-FAST = dict(clock="maxprob", sampler="ancestral", sampling_steps=64, temperature=0.5)
+FAST = dict(clock="maxprob", sampling_steps=64, temperature=0.5)
 # FAST is what sample and eval do unless told otherwise: most valid tales in 64 calls, see LOG.md.
 # The defaults above are the law that the likelihoods are about.
 
@@ -902,15 +902,15 @@ def evaluate_all(run, model, cfg, n=64):
             run.say("bound of a sampler: " + common.figures(row))
     # 2. where tokens are lost: what an isolated position still says, and what context adds
     high, low = ends(cfg)
-    lam = torch.linspace(low, high, 41, device=run.device).repeat_interleave(n)
+    lam = torch.linspace(low, high, 41, device=run.device).repeat_interleave(4 * n)
     some = torch.randint(cfg.vocab_size, lam.shape, generator=g).to(run.device)
     z = noised(model.table()[some], lam, torch.randn(*lam.shape, cfg.emb_dim, generator=g).to(lam))
-    alone = rounding_nll(model, some[:, None], z[:, None], lam[:, None]).view(41, n).mean(1)
+    alone = rounding_nll(model, some[:, None], z[:, None], lam[:, None]).view(41, -1).mean(1)
     t = torch.linspace(0, 1, 201)
     curves = {name: log_snr(t, dataclasses.replace(cfg, schedule=name))[0].tolist()
               for name in ("logsnr", "logistic", *SCHEDULES)}
-    common.plot_noise(run.out / "noise.png", lam.view(41, n)[:, 0].tolist(), alone.tolist(), info,
-                      curves, cfg)
+    common.plot_noise(run.out / "noise.png", lam.view(41, -1)[:, 0].tolist(), alone.tolist(),
+                      info, curves, cfg)
     # 3. accuracy where this share of the path is still ahead
     hidden = holes(x0, cfg, g)
     inside = hidden.pop("document")
