@@ -118,7 +118,7 @@ class Config:
     prefix: float = 0.0  # share of rows whose beginning, of random length, is clean in training
     sampler: Literal["auto", "token", "ancestral", "ddim"] = "auto"  # auto: token for logits
     eta: float = 0.0  # noise of ddim: 0 none, 1 ancestral
-    clamp: bool = False  # move every estimate to the nearest embedding (biased)
+    clamp: bool = False  # ancestral, ddim: move estimates to the nearest embedding (biased)
     rounding: Literal["draw", "argmax", "nearest"] = "draw"  # the last step, from vectors to tokens
     clock: Literal["random", "l2r", "maxprob"] = "random"  # which position begins next
     given: Literal["clean", "noisy"] = "clean"  # prompt and infill text: clean, or noised like z

@@ -1,5 +1,5 @@
 """Every head of dit_embed.py on one budget: `python results/heads.py` writes results/heads.json and
-heads.png (25 minutes on one core).
+heads.png.
 
 The same network, embeddings, noise and steps; what differs is what the network says (token logits,
 x0, v, eps) and so its loss. The training loss stands beside the bound it leads to.
