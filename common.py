@@ -639,10 +639,11 @@ def plot_integrand(path, rate, cost, cfg):
     replace(path, lambda p: figure.savefig(p, format="png"))
 
 
-def plot_noise(path, lam, alone, info, schedules, cfg):
-    """noise.png: where on the log-SNR axis tokens are lost. Top: what is left to know of a token by
-    own evidence alone, `alone` in nats at `lam`. Middle: what the model pays there, whose area is
-    DIFF (info of nelbo: lam, cost). Bottom: when each schedule {name: lam (n,)} is where."""
+def plot_noise(path, lam, alone, info, schedules, cfg, what="tokens", axis="log-SNR of a position"):
+    """noise.png: where on the axis of noise levels tokens, or bits, are lost. Top: what is left to
+    know of a token by own evidence alone, `alone` in nats at `lam`. Middle: what the model pays
+    there, whose area is DIFF (info of nelbo: lam, cost). Bottom: when each schedule {name: lam (n,)}
+    is where."""
     figure, (top, middle, bottom) = _axes(7, 7, 3)
     low, high = lam[0], lam[-1]
     cell = ((info["lam"] - low) / (high - low) * 40).floor().clamp(0, 39)
@@ -654,12 +655,12 @@ def plot_noise(path, lam, alone, info, schedules, cfg):
     middle.plot(x, y, color="tab:blue", marker="o", ms=3,
                 label=f"the model's cost in context; area {area:.2f} = DIFF per position")
     middle.fill_between(x, y, alpha=0.2)
-    top.set(ylabel="nats", ylim=(0, None), title=f"{path.parent.name}: where tokens are lost")
+    top.set(ylabel="nats", ylim=(0, None), title=f"{path.parent.name}: where {what} are lost")
     middle.set(ylabel="nats per unit", ylim=(0, None))
     for name, curve in schedules.items():
         bottom.plot(curve, [k / (len(curve) - 1) for k in range(len(curve))], label=name,
                     lw=2.5 if name == cfg.schedule else 1)
-    bottom.set(xlabel="log-SNR of a position (clean on the right)", ylabel="its own time")
+    bottom.set(xlabel=f"{axis} (clean on the right)", ylabel="its own time")
     for axes in (top, middle, bottom):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
