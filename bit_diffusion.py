@@ -100,6 +100,7 @@ class Config:
     trace: bool = False  # show the sampling trajectory
     # method
     head: Literal["token", "bit"] = "token"  # what the network says: V logits, or K (E4)
+    parts: int = 1  # bit head: products that are mixed, a power of 2; costs parts (K + 1) outputs
     code: Literal["id", "random", "frequency", "semantic"] = "id"  # order in which codes count up
     schedule: Literal["quadratic", "cosine", "linear"] = "quadratic"  # agreement and time
     window: float = 0.1  # share of the path that a position needs from noise to token (E2)
@@ -126,10 +127,11 @@ class Config:
         for name in self.eval_samplers.split(","):
             if name not in ("token", "bit"):
                 raise ValueError(f"--eval-samplers knows token and bit, not '{name}'")
-        bits = self.sampler == "bit" or self.sampler == "auto" and self.head == "bit"
-        if self.head == "bit" and bits and (self.top_k or self.top_p < 1):
-            raise ValueError("--top-k and --top-p cut tokens, and bits are drawn here: use "
-                             "--sampler token")
+        if self.head == "bit" and (self.top_k or self.top_p < 1):
+            raise ValueError("--top-k and --top-p cut tokens, --head bit draws bits: use "
+                             "--temperature")
+        if self.parts < 1 or self.parts & self.parts - 1:
+            raise ValueError(f"--parts is {self.parts}, it must be a power of 2")
         if not 0 < self.window <= 1:
             raise ValueError(f"--window is {self.window}, it must be more than 0 and at most 1")
 
@@ -137,7 +139,7 @@ class Config:
 PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256, lr=2e-3),
                medium=dict(n_layer=12, n_head=12, n_embd=768, seq_len=512, lr=1e-3))
 SHAPE = ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd", "rows")  # fixed by a checkpoint
-METHOD = ("head", "code", "skip", "input", "cond")  # so are these
+METHOD = ("head", "parts", "code", "skip", "input", "cond")  # so are these
 FAST = dict(clock="maxprob", sampling_steps=64, temperature=0.5)
 # FAST is what sample and eval do unless told otherwise: most valid tales in 64 calls, see LOG.md.
 # The defaults above are the law that the likelihoods are about.
@@ -332,6 +334,22 @@ def ids_of(bits, code):
     return F.pad(number(code).argsort(), (0, 1), value=V)[number(bits).clamp(max=V)]
 
 
+def update(model, out, bits, lam):
+    """Bayes' rule: what noisy bits (..., K) with log-odds lam (...) add to a network's answer about
+    them, (..., V), (..., K) or (..., R, K + 1), float32; -lam takes it away again. In float32 even
+    under autocast: it may be in the hundreds, and its differences count."""
+    own, out = lam[..., None] * bits, out.float()
+    if model.head_kind == "token":
+        with torch.autocast(bits.device.type, enabled=False):
+            return out + 0.5 * own @ model.code.T  # (E3) (E4)
+    if model.parts == 1:
+        return out + own  # (E4)
+    odds, weight = out[..., :-1], out[..., -1]
+    more = odds + own[..., None, :]
+    gain = (F.softplus(more) - F.softplus(odds) - own[..., None, :] / 2).sum(-1)
+    return torch.cat((more, (weight + gain)[..., None]), -1)  # (E4)
+
+
 SURE = 40.0  # lam of a clean position: the odds that one of its bits is wrong are below 2^-53
 
 
@@ -357,18 +375,13 @@ class Model(nn.Module):
             self.noise_head = nn.Linear(cfg.n_embd, cfg.n_embd)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.n_embd)
-        self.head = nn.Linear(cfg.n_embd, V if cfg.head == "token" else K)
+        self.parts = R = cfg.parts if cfg.head == "bit" else 1
+        wide = V if cfg.head == "token" else K if R == 1 else R * (K + 1)
+        self.head = nn.Linear(cfg.n_embd, wide)
         init_weights(self)
-
-    def evidence(self, bits, lam):
-        """What noisy bits say of themselves: log q(bits | v) for every token but for a constant,
-        (..., K), (...) -> (..., V), or for a bit head the log-odds of the bits (..., K). In float32
-        even under autocast: it may be in the hundreds, and its differences count."""
-        own = lam[..., None] * bits
-        if self.head_kind == "bit":
-            return own
-        with torch.autocast(bits.device.type, enabled=False):
-            return 0.5 * own @ self.code.T  # (E3)
+        if R > 1:  # parts that begin alike stay alike: each leans to its own leading bits; the
+            lean = code_book(R)  # mixture of them all is uniform still
+            self.head.bias.data.view(R, K + 1)[:, :lean.shape[1]] = lean
 
     def embed(self, bits, lam):
         """Input (B, T, C): the expected embedding of a position given its own bits alone, zero
@@ -398,9 +411,10 @@ class Model(nn.Module):
             x = block(x, rope, False)
         x = self.norm(x)
         out = self.head(x if where is None else x[where])
+        out = out if self.parts == 1 else out.unflatten(-1, (self.parts, -1))
         if self.skip:  # what a position knows of itself enters exactly, context adds to it
             bits, lam = (bits, lam) if where is None else (bits[where], lam[where])
-            out = out.float() + self.evidence(bits, lam)  # (E4)
+            out = update(self, out, bits, lam)  # (E4)
         return out
 
 
@@ -451,27 +465,43 @@ def noised(clean, lam, g):
     return torch.where(u < lam.double().sigmoid()[..., None], clean, -clean)  # (E1)
 
 
+def mixture(out):
+    """A bit head's answer as products that are mixed: log-odds (n, R, K), log-weights (n, R)."""
+    if out.dim() == 2:
+        return out[:, None], torch.zeros_like(out[:, :1])
+    return out[..., :-1], out[..., -1].log_softmax(1)
+
+
 def bit_logits(model, out):
-    """Log-odds of every bit being +1 by the network's answer: (n, V) or (n, K) -> (n, K), float64,
-    which keeps the small probabilities that a clean bit is wrong."""
-    if model.head_kind == "bit":
+    """Log-odds of every bit being +1 by the network's answer: (n, V), (n, K) or (n, R, K + 1) ->
+    (n, K), float64, which keeps the small probabilities that a clean bit is wrong."""
+    if model.head_kind == "token":
+        p, ones = out.double().softmax(1), (model.code > 0).double()
+        return (p @ ones).log() - (p @ (1 - ones)).log()  # (E5)
+    if model.parts == 1:
         return out.double()
-    p, ones = out.double().softmax(1), (model.code > 0).double()
-    return (p @ ones).log() - (p @ (1 - ones)).log()  # (E5)
-
-
-def token_logits(model, out):
-    """Logits of tokens by the network's answer: (n, V) or (n, K) -> (n, V). For a bit head these
-    are bits drawn apart, given that their code is that of a token."""
-    return out if model.head_kind == "token" else 0.5 * out @ model.code.T  # (E5)
+    odds, weight = mixture(out.double())
+    yes, no = (F.logsigmoid(y * odds).add(weight[..., None]).logsumexp(1) for y in (1, -1))
+    return yes - no  # (E5)
 
 
 def cross_entropy(model, out, x0):
-    """-log p of tokens x0 (n,), or of all bits of their codes: (n,)."""
+    """-log p of tokens x0 (n,), for a bit head of their codes: (n,)."""
     if model.head_kind == "token":
         return F.cross_entropy(out, x0, reduction="none")
-    goal = (model.code[x0] > 0).to(out)
-    return F.binary_cross_entropy_with_logits(out, goal, reduction="none").sum(1)
+    odds, weight = mixture(out)
+    return -(weight + F.logsigmoid(odds * model.code[x0][:, None]).sum(2)).logsumexp(1)
+
+
+def best_token(model, out):
+    """The likeliest tokens by the network's answer and their probability: (n,) twice. Of a bit head
+    the likeliest code of the likeliest product; V if that is no token's."""
+    if model.head_kind == "token":
+        p, ids = out.softmax(1).max(1)
+        return ids, p
+    odds, weight = mixture(out)
+    p, part = (weight + F.logsigmoid(odds.abs()).sum(2)).max(1)
+    return ids_of(odds[torch.arange(len(part)), part], model.code), p.exp()
 
 
 def density(odds, bits, clean, lam):
@@ -567,17 +597,26 @@ def nelbo_steps(model, x0, cfg, g, steps, joint=True):
             continue
         out, goal, now = model(bits, lam, todo).float(), clean[todo], bits[todo]
         odds, last = bit_logits(model, out), lam_s[todo] >= SURE
-        logits = token_logits(model, out) if joint else 0.5 * odds @ model.code.double().T  # (E5)
-        end = F.cross_entropy(logits.double(), x0[todo], reduction="none")
+        if joint:
+            end = cross_entropy(model, out.double(), x0[todo])
+        else:
+            end = F.cross_entropy(0.5 * odds @ model.code.double().T, x0[todo], reduction="none")
         right, wrong = (flip(lam[todo], lam_s[todo], y)[:, None] for y in (1, -1))
         f = torch.where(now == goal, right, wrong)
         if joint:
             stay = torch.rand(f.shape, generator=g, dtype=torch.float64).to(f.device) >= f
             up = torch.where(stay, 1 - right, right).log()  # log q(b_s | b_t, b_0) if b_t is right
             down = torch.where(stay, 1 - wrong, wrong).log()  # and if it is wrong
-            u = 0.5 * (now * (up - down)) @ model.code.double().T  # of all bits, but for a constant
-            own = u.gather(1, x0[todo][:, None])[:, 0]
-            step = own - (logits.double().log_softmax(1) + u).logsumexp(1)  # (E9)
+            true = torch.where(now == goal, up, down).sum(1)
+            if model.head_kind == "token":
+                u = 0.5 * (now * (up - down)) @ model.code.double().T
+                u = u + 0.5 * (up + down).sum(1, True)
+                step = true - (out.double().log_softmax(1) + u).logsumexp(1)  # (E9)
+            else:
+                odds, weight = mixture(out.double())
+                m, up, down = now[:, None] * odds, up[:, None], down[:, None]
+                u = torch.logaddexp(F.logsigmoid(m) + up, F.logsigmoid(-m) + down).sum(2)
+                step = true - (weight + u).logsumexp(1)  # (E9)
         else:
             f_hat = right * (now * odds).sigmoid() + wrong * (-now * odds).sigmoid()  # (E7)
             step = (f * (f / f_hat).log() + (1 - f) * ((1 - f) / (1 - f_hat)).log()).sum(1)  # (E9)
@@ -630,17 +669,23 @@ def deal(tau, waiting, score):
 
 
 def aim(model, out, bits, lam, cfg, g):
-    """The codes that a step goes for, by the network's answer (n, V) or (n, K) at noisy bits
-    (n, K), lam (n,): those of tokens drawn from it, and None; or of bits drawn apart, and their
-    log-odds; (n, K) each. The temperature is for the context: evidence is a measurement."""
-    out = out - (1 - cfg.temperature) * model.evidence(bits, lam)
-    if cfg.sampler == "token" or cfg.sampler == "auto" and model.head_kind == "token":
-        token = categorical(filter_logits(token_logits(model, out), cfg), g)
-        return model.code[token], None  # (E7)
+    """The codes that a step goes for, (n, K), drawn by the network's answer at noisy bits (n, K),
+    lam (n,), and the log-odds they were drawn with, None for tokens. Sampler token draws tokens, or
+    the bits of one product of a mixture; bit draws every bit apart. The temperature is for the
+    context: evidence is a measurement."""
+    whole = cfg.sampler == "token" or cfg.sampler == "auto" and model.head_kind == "token"
     if model.head_kind == "token":
-        odds = bit_logits(model, filter_logits(out, cfg)).clamp(-SURE, SURE)
+        out = filter_logits(update(model, out, bits, (cfg.temperature - 1) * lam), cfg)
+        if whole:
+            return model.code[categorical(out, g)], None  # (E7)
+        odds = bit_logits(model, out).clamp(-SURE, SURE)
     else:
-        odds = out.double() / max(cfg.temperature, 1e-6)
+        out = update(model, out, bits, -lam) / max(cfg.temperature, 1e-6)
+        out = update(model, out, bits, lam)
+        odds = bit_logits(model, out)
+        if whole:
+            odds, weight = mixture(out.double())
+            odds = odds[torch.arange(len(odds)), categorical(weight, g)]
     u = torch.rand(odds.shape, generator=g, dtype=torch.float64).to(odds.device)
     return torch.where(u < odds.sigmoid(), 1.0, -1.0), odds  # (E7)
 
@@ -677,12 +722,13 @@ def sample(model, cfg, n, g, prompt=None, trace=None, start=None):
         nfe += 1
         if cfg.guidance and given.any():
             bare = model(bits, lam.masked_fill(given, 0.0), todo)
-            out = out + cfg.guidance * (out - bare.float())  # (E10)
+            out, bare = (update(model, y, bits[todo], -lam[todo]) for y in (out, bare))
+            out = update(model, out + cfg.guidance * (out - bare), bits[todo], lam[todo])  # (E10)
             nfe += 1
         # 4. the surest of the waiting positions begin next
         if cfg.clock == "maxprob":
             sure = torch.zeros(x.shape, device=device)
-            sure[todo] = token_logits(model, out).softmax(1).amax(1)
+            sure[todo] = best_token(model, out)[1]
             tau = deal(tau, todo & (lam == 0), sure)
             lam_s = levels((k - 1) / steps, tau, cfg)[0]
             out, todo = out[(lam_s > lam)[todo]], lam_s > lam
@@ -804,7 +850,7 @@ def evaluate_all(run, model, cfg, n=64):
     run.log("draws", -1, bound=BOUND, **row)
     run.say("with more draws: " + common.figures(row))
     for steps in (4, 8, 16, 32, 64, cfg.seq_len):
-        for joint in (True, False)[cfg.head == "bit":]:
+        for joint in (True, False):
             bound = nelbo_steps(model, x0[:n], cfg, g, steps, joint)
             row = dict(steps=steps, sampler="token" if joint else "bit", bound=BOUND,
                        nats_per_row=bound.mean().item(), se=common.se(bound))
@@ -830,7 +876,7 @@ def evaluate_all(run, model, cfg, n=64):
         bits, todo, right = noised(model.code[x0], lam, g), (lam < SURE) & inside, []
         for i in torch.arange(len(x0)).split(64):
             k = todo[i]
-            best = token_logits(model, model(bits[i], lam[i], k).float()).argmax(1)
+            best, _ = best_token(model, model(bits[i], lam[i], k).float())
             right.append(best == x0[i][k])
         row = dict(t=t, accuracy=torch.cat(right).float().mean().item(),
                    unigram=(x0[todo] == common_token).float().mean().item())
@@ -856,10 +902,9 @@ def evaluate_all(run, model, cfg, n=64):
     run.say(f"test documents: {common.figures(real)}")
     rows = []
     for sampler in cfg.eval_samplers.split(","):
-        whole = dict(top_k=0, top_p=1.0) if cfg.head == sampler == "bit" else {}  # no tokens to cut
         for steps in sorted({4, 8, 16, 32, 64, cfg.seq_len} & set(range(cfg.seq_len + 1))):
             for seed in range(cfg.eval_seeds):
-                some = dataclasses.replace(cfg, sampler=sampler, sampling_steps=steps, **whole)
+                some = dataclasses.replace(cfg, sampler=sampler, sampling_steps=steps)
                 clock = time.time()
                 x, info = sample(model, some, n, torch.Generator().manual_seed(cfg.seed + seed))
                 row = dict(sampler=sampler, sampling_steps=steps, seed=cfg.seed + seed, n=n, **info,
