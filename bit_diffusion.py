@@ -106,7 +106,7 @@ class Config:
     window: float = 0.1  # share of the path that a position needs from noise to token (E2)
     loss: Literal["ce", "elbo"] = "ce"  # cross-entropy of tokens or bits; the bound (E8)
     skip: bool = True  # add own evidence to the logits (E4)
-    input: Literal["evidence", "bits", "raw"] = "evidence"  # expected embedding, bits, noisy bits
+    input: Literal["token", "byte", "bit", "raw"] = "token"  # embeddings of what; raw: noisy bits
     cond: Literal["none", "add"] = "none"  # whether the network is told the noise level
     prefix: float = 0.0  # share of rows whose beginning, of random length, is clean in training
     sampler: Literal["auto", "token", "bit"] = "auto"  # a step (E7); auto: that of the head
@@ -364,8 +364,11 @@ class Model(nn.Module):
         self.head_kind, self.skip, self.input, self.cond = cfg.head, cfg.skip, cfg.input, cfg.cond
         self.register_buffer("code", code_book(cfg.vocab_size, order))
         V, K = self.code.shape
-        if cfg.input == "evidence":
+        if cfg.input == "token":
             self.wte = nn.Embedding(V, cfg.n_embd)
+        elif cfg.input == "byte":
+            self.wte = nn.ModuleList(nn.Embedding(2 ** min(8, K - k), cfg.n_embd)
+                                     for k in range(0, K, 8))
         else:
             self.bits_in = nn.Linear(K, cfg.n_embd, bias=False)
         self.wpe = nn.Embedding(cfg.seq_len, cfg.n_embd)
@@ -383,18 +386,30 @@ class Model(nn.Module):
             lean = code_book(R)  # mixture of them all is uniform still
             self.head.bias.data.view(R, K + 1)[:, :lean.shape[1]] = lean
 
-    def embed(self, bits, lam):
-        """Input (B, T, C): the expected embedding of a position given its own bits alone, zero
-        where nothing is known; or a linear map of its expected, or raw, bits."""
-        if self.input != "evidence":
-            return self.bits_in(bits if self.input == "raw" else (lam / 2).tanh()[..., None] * bits)
+    def expected(self, wte, code, bits, lam):
+        """Expected embedding given noisy bits alone: table wte of the codes (U, k), bits (n, k),
+        lam (n,) -> (n, C). A clean code has its own."""
+        x = torch.zeros(len(lam), wte.embedding_dim, device=bits.device)
         clean = lam >= SURE
-        noisy = (lam > 0) & ~clean
-        x = torch.zeros(*lam.shape, self.wte.embedding_dim, device=bits.device)
-        x[clean] = self.wte(ids_of(bits[clean], self.code)).to(x.dtype)
+        x[clean] = wte(ids_of(bits[clean], code)).to(x.dtype)
         with torch.autocast(bits.device.type, enabled=False):
-            p = (0.5 * lam[noisy][:, None] * bits[noisy] @ self.code.T).softmax(1)  # (E3)
-        x[noisy] = (p @ self.wte.weight).to(x.dtype)
+            p = (0.5 * lam[~clean][:, None] * bits[~clean] @ code.T).softmax(1)  # (E3)
+        x[~clean] = (p @ wte.weight).to(x.dtype)
+        return x
+
+    def embed(self, bits, lam):
+        """Input (B, T, C) of noisy bits (B, T, K), lam (B, T); zero where nothing is known."""
+        if self.input in ("bit", "raw"):
+            return self.bits_in(bits if self.input == "raw" else (lam / 2).tanh()[..., None] * bits)
+        known = lam > 0
+        x = torch.zeros(*lam.shape, self.head_width * self.n_head, device=lam.device)
+        bits, lam = bits[known], lam[known]
+        if self.input == "token":
+            x[known] = self.expected(self.wte, self.code, bits, lam)
+        else:  # a table for every eight bits: no matrix has V rows
+            for wte, byte in zip(self.wte, bits.split(8, 1)):
+                codes = code_book(len(wte.weight)).to(bits)
+                x[known] += self.expected(wte, codes, byte, lam)
         return x
 
     def forward(self, bits, lam, where=None):
