@@ -286,7 +286,8 @@ def path_bound(model, window=1.0, schedule="quadratic", nodes=24):
         cuts = sorted({c for x in tau for c in (x, x + window)})
         for low, high in zip(cuts, cuts[1:]):
             for x, w in zip(node, share):
-                t = low + (high - low) * (x + 1) / 2
+                x, w = (x + 1) / 2, w / 2 * (x + 1)  # denser where a window begins: t = x^2
+                t = low + (high - low) * x * x
                 own = [min(1.0, max(0.0, (t - c) / window)) for c in tau]
                 lam = torch.tensor([level(LOST[schedule](u)) for u in own], dtype=torch.float64)
                 q = torch.stack([channel(K, lam[i])[goal[:, i]][:, here[:, i]]
@@ -303,5 +304,5 @@ def path_bound(model, window=1.0, schedule="quadratic", nodes=24):
                     y = a * b * clean[:, None, i]
                     true = (1 - y) / (1 + y)  # (R, S, K)
                     nats = (guess - true + true * (true / guess).log()).sum(2)
-                    total += (q * nats).sum(1) * rate / (2 * a) * w * (high - low) / 2
+                    total += (q * nats).sum(1) * rate / (2 * a) * w * (high - low)
     return total / (len(orders) if window < 1 else 1)

@@ -280,8 +280,7 @@ def test_a_bridge_composes_with_the_channel():
             first = bit_diffusion.flip(t, u, y).item()
             stay, turn = (bit_diffusion.flip(u, s, z).item() for z in (y, -y))
             assert (1 - first) * stay + first * (1 - turn) == pytest.approx(up[y], abs=1e-12)
-        XX
-        r = a_t / a_s  # q(b_t | b_s) of the joint law of b_s and b_t given b_0 = 1
+            r = a_t / a_s  # q(b_t | b_s) of the joint law of b_s and b_t given b_0 = 1
         both = (1 - wrong) * 0 + right(lam_t) * (1 - up[1])  # b_s and b_t both right
         assert both / right(lam_s) == pytest.approx((1 + r) / 2, abs=1e-12)
 
@@ -441,10 +440,10 @@ def test_the_likeliest_token_and_its_probability():
     assert torch.allclose(p.double(), law.amax(1), atol=1e-6)
     back = torch.tensor([*number.argsort().tolist(), 3])
     assert torch.equal(ids, back[law.argmax(1)]) and (ids == 3).any()
-    out = torch.tensor([[[9.0, -9.0, 0.0], [-1.0, 1.0, 1.0]]])  # the second is likelier, yet vague
+    out = torch.tensor([[[9.0, -9.0, 0.0], [-1.0, 1.0, 0.5]]])  # the second is likelier, yet vague
     ids, p = bit_diffusion.best_token(network(V=3, head="bit", parts=2, order=order), out)
     assert ids.item() == 1  # word 2 of the first product
-    assert p.item() == pytest.approx(math.exp(0) / (1 + math.e) / (1 + math.exp(-9)) ** 2, rel=1e-5)
+    assert p.item() == pytest.approx(1 / (1 + math.exp(0.5)) / (1 + math.exp(-9)) ** 2, rel=1e-5)
 
 
 # ---- the bound of a fresh network (init identity)
@@ -566,8 +565,7 @@ def test_the_density_is_the_divergence_of_two_flip_rates():
 
 
 TILTED = [(head, window, schedule) for head in ("token", "bit", "mix") for window, schedule in
-          ((1.0, "quadratic"), (1.0, "linear"), (0.3, "quadratic"), (0.6, "linear"),
-           (0.6, "cosine"))]
+          ((1.0, "quadratic"), (1.0, "linear"), (0.3, "quadratic"), (0.6, "cosine"))]
 
 
 @pytest.mark.parametrize("head,window,schedule", TILTED, ids=str)
@@ -992,7 +990,7 @@ def test_a_batch_can_be_learned_by_heart(head, parts, loss):
     """
     x0 = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1], [9, 0, 9, 0, 10, 1]])
     wide = dict(V=11, T=6, head=head, parts=parts, loss=loss, window=0.3, n_embd=32, n_layer=1,
-                lr=1e-2, warmup=10, steps=160, sampling_steps=40)
+                lr=8e-3, warmup=10, steps=200, sampling_steps=100)
     model, cfg = network(**wide), config(**wide)
     optimizers, g = bit_diffusion.make_optimizers(model, cfg), generator(1)
     for step in range(cfg.steps):
