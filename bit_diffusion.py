@@ -6,7 +6,8 @@ Sohl-Dickstein et al. 2015 (arXiv 1503.03585, section 2.4) and D3PM (Austin et a
 
     python bit_diffusion.py              5 minutes, 2 CPU cores: <= ?.?? nats/token (entropy 0.91)
     python bit_diffusion.py sample --prompt "Once upon a time" --n 3 --trace      64 calls, see FAST
-    python bit_diffusion.py --tokenizer gpt2 --head bit --input bits    50257 tokens, 16 outputs
+    python bit_diffusion.py --tokenizer gpt2 --head bit --parts 32 --input byte     544 outputs for
+                                         the 50257 tokens of GPT-2
     python bit_diffusion.py eval         bounds, where bits are lost, infilling, few-step samples
 
 Equations. C (V, K) holds a code of +-1 for every token, K = ceil(log2 V).
@@ -227,15 +228,16 @@ def order_tokens(cfg):
         seen = own[keep], torch.full_like(own[keep], side), rank[other[keep]]
         near.index_put_(seen, torch.ones(()), accumulate=True)
     points = nn.functional.normalize(near.log1p().flatten(1), dim=1)
-    points = points - points.mean(0)
-    points = points @ torch.linalg.eigh(points.T @ points)[1][:, -32:]  # (V, 32)
+    points -= points.mean(0)
+    axes = torch.linalg.eigh((points.T @ points).double())[1][:, -32:]
+    points = points.double() @ axes  # (V, 32)
     parts, size = [torch.arange(V)], 1 << (V - 1).bit_length()
     while size > 1:
         size //= 2  # tokens that a part can hold
         halves = []
         for part in parts:
             x = points[part] - points[part].mean(0)
-            part = part[(x @ torch.linalg.eigh(x.T @ x)[1][:, -1]).argsort()]
+            part = part[(x @ torch.linalg.eigh(x.T @ x)[1][:, -1]).argsort(stable=True)]
             halves += [part[:size], part[size:]]
         parts = [part for part in halves if len(part)]
     return torch.cat(parts)

@@ -17,8 +17,7 @@ import common
 
 SMALL = dict(steps=300, n_layer=2, n_embd=128, eval_every=300, device="cpu")
 CODES = ("id", "random", "frequency", "semantic")
-HEADS = {"token": dict(head="token"), "bit": dict(head="bit", parts=1),
-         "bit, 32 parts": dict(head="bit", parts=32)}
+HEADS = {"token": dict(head="token"), "bit": dict(head="bit", parts=1)}
 SEEDS = (0, 1, 2)
 
 

@@ -104,8 +104,8 @@ def test_many_steps_of_exact_posteriors_draw_the_joint_law(window, clock, sample
     head = "token" if sampler == "token" else "bit"
     model = Oracle(JOINT, 4, 2, head)
     cfg = config(head=head, window=window, clock=clock, sampler=sampler,
-                 sampling_steps=40 if sampler == "token" else 120)
-    x, _ = bit_diffusion.sample(model, cfg, 4000, generator(3))
+                 sampling_steps=40 if sampler == "token" else 100)
+    x, _ = bit_diffusion.sample(model, cfg, 2500, generator(3))
     assert chi_square(row_counts(x, 4), JOINT) > 1e-3
     alone = marginals(JOINT, 4, 2)
     assert chi_square(row_counts(x, 4), (alone[0][:, None] * alone[1]).flatten()) < 1e-6
@@ -216,8 +216,8 @@ def test_top_k_and_top_p_cut_tokens(sampler):
     """One step of one position: the law by hand; bits of a token head are those of the tokens that
     are left."""
     p = torch.tensor([0.45, 0.3, 0.2, 0.05]).double()
-    for change, keep in ((dict(top_k=2), [0, 1]), (dict(top_p=0.74), [0, 1]), (dict(top_k=1), [0]),
-                         (dict(top_p=0.76), [0, 1, 2]), (dict(top_k=9), [0, 1, 2, 3]),
+    for change, keep in ((dict(top_k=2), [0, 1]), (dict(top_p=0.74), [0, 1]), (dict(top_k=9),
+                         [0, 1, 2, 3]), (dict(top_p=0.76), [0, 1, 2]),
                          (dict(top_k=3, temperature=0.5), [0, 1, 2])):
         law = torch.zeros(4).double()
         law[keep] = p[keep] ** (1 / change.get("temperature", 1))
@@ -351,19 +351,23 @@ def test_no_second_call_without_guidance_or_without_given_text():
         assert info["nfe"] == calls and len(model.calls) == calls
 
 
-@pytest.mark.parametrize("kind", ["token", "byte", "bit", "raw"])
-def test_a_network_that_is_not_told_the_prompt_does_not_see_it(kind):
-    """(E10) at lam = 0 the bits of a position say nothing: whatever they are, out is the same."""
+@pytest.mark.parametrize("kind", ["token", "byte", "bit", pytest.param(
+    "raw", marks=pytest.mark.xfail(strict=True, reason="raw bits of the prompt reach that call"))])
+def test_the_call_without_the_given_text_does_not_see_it(kind):
+    """(E10) in every second call the bits of the prompt say nothing: with others in their place the
+    answer is the same, or they have been replaced by noise already."""
     torch.manual_seed(0)
-    model = bit_diffusion.Model(config(11, 6, input=kind, cond="add"))
+    cfg = config(11, 6, input=kind, sampling_steps=4, guidance=1.0, window=0.5)
+    model, calls = bit_diffusion.Model(cfg), []
     for p in model.parameters():
         p.data += 0.3 * torch.randn(p.shape)
-    bits = model.code[torch.tensor([[1, 2, 3, 4, 5, 6]])]
-    lam = torch.tensor([[0.0, 0.0, 2.0, 3.0, 1.0, 0.5]])
-    other = torch.cat((-bits[:, :2], bits[:, 2:]), 1)
-    if kind == "raw":
-        pytest.xfail("raw bits of the prompt reach the network that should not be told")
-    assert torch.allclose(model(bits, lam), model(other, lam), atol=1e-5)
+    model.register_forward_hook(lambda m, args, out: calls.append(
+        (args[0].clone(), *args[1:], out)))
+    bit_diffusion.sample(model, cfg, 12, generator(1), torch.tensor([6, 5]))
+    for bits, lam, where, out in list(calls)[1::2]:
+        noise = (bits[:, :2] != model.code[[6, 5]]).double().mean() > 0.3
+        other = torch.cat((-bits[:, :2], bits[:, 2:]), 1)
+        assert noise or torch.allclose(model(other, lam, where), out, atol=1e-5)
 
 
 # ---- clocks

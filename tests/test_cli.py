@@ -16,13 +16,14 @@ import pytest
 import torch
 
 import ar
+import bit_diffusion
 import common
 import dit_embed
 import mdlm
 from data import prepare, tales
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [ar, mdlm, dit_embed]
+SCRIPTS = [ar, mdlm, dit_embed, bit_diffusion]
 both = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.NAME)
 TINY = ("--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --seq-len 32 --batch-size 4 --steps 4 "
         "--warmup 1 --eval-every 2 --save-every 2 --device cpu --dtype float32").split()
@@ -30,7 +31,7 @@ TINY = ("--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --seq-len 32 --batc
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a text, a cache, and a finished run of each script: ar/, mdlm/, dit_embed/."""
+    """A folder with a text, a cache, and a finished run of each script, in folders of their names."""
     home, draw = tmp_path_factory.mktemp("home"), random.Random(0)
     words = ["the cat|a dog|my friend|the old king", "saw|liked|found|lost",
              "a red ball|the house|some bread|a tall tree"]
@@ -151,7 +152,7 @@ def test_sample_follows_its_flags(script, home, cli):
         assert cli(script, "sample", "--out", out, "--n", 2, *argv)[0] == 0
         return (out / "samples.txt").read_bytes()
     assert drawn("--temperature", 0) != drawn() != drawn("--top-k", 1)
-    if script is not dit_embed:  # whose temperature leaves the own evidence of a position alone
+    if script not in (dit_embed, bit_diffusion):  # whose temperature leaves own evidence alone
         assert drawn("--temperature", 0) == drawn("--top-k", 1)
     assert drawn() == drawn() != drawn("--seed", 3)
 
@@ -230,6 +231,52 @@ def test_every_variant_of_dit_embed_trains_samples_and_evaluates(flags, home, cl
     assert "<= " in said
 
 
+def test_eval_of_bit_diffusion_writes_its_own_rows_and_two_figures(home, cli, tmp_path):
+    out = shutil.copytree(home / "bit_diffusion", tmp_path / "run")
+    before = (out / "log.jsonl").read_text()
+    code, said, err = cli(bit_diffusion, "eval", "--out", out, "--judge", home / "ar")
+    assert code == 0 and err == ""
+    rows = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+    kinds = [row["kind"] for row in rows]
+    assert kinds == (["config", "test", "draws"] + 12 * ["steps"] + 4 * ["accuracy"] +
+                     3 * ["infill"] + ["real"] + 8 * ["samples"])
+    test, samples = rows[1], rows[-8:]
+    assert f"test, {test['rows']} rows: <= {test['nats_per_token']:.3f} nats/token" in said
+    assert [(r["sampler"], r["sampling_steps"]) for r in samples] == [
+        (sampler, steps) for sampler in ("token", "bit") for steps in (4, 8, 16, 32)]
+    assert all(r["nfe"] <= r["sampling_steps"] and r["judge"] > 0 for r in samples)
+    assert all((r["invalid"] > 0) <= (r["sampler"] == "bit") for r in samples)
+    for name in ("quality.png", "noise.png"):
+        assert (out / name).stat().st_size > 1000
+    assert (out / "log.jsonl").read_text() == before
+    assert "not 'best'" in one_sentence(*cli(bit_diffusion, "eval", "--eval-samplers", "best")[::2])
+
+
+@pytest.mark.parametrize("flags", [
+    "--head bit --code random --input byte --schedule cosine --cond add",
+    "--head bit --parts 4 --code semantic --input bit --window 1 --prefix 0.5",
+    "--loss elbo --code frequency --input raw --schedule linear --no-skip"])
+def test_every_variant_of_bit_diffusion_trains_samples_and_evaluates(flags, home, cli, tmp_path):
+    out = tmp_path / "run"
+    for command in ([], ["sample", "--infill", "a ___ b", "--invalid", "modulo", "--guidance", "1"],
+                    ["eval", "--judge", tmp_path, "--eval-samplers", "bit"]):
+        train = [] if command else ["--data", home / "small.txt", *TINY, *flags.split()]
+        code, said, err = cli(bit_diffusion, *command, *train, "--out", out)
+        assert code == 0, err
+    assert "<= " in said
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--window 0", "--window is 0.0, it must be more than 0 and at most 1"),
+    ("--parts 3", "--parts is 3, it must be a power of 2"),
+    ("--head bit --top-k 5", "--top-k and --top-p cut tokens"),
+    ("--prefix 2", "--prefix is 2.0, it must be at most 1")])
+def test_what_cannot_be_said_in_bits_is_refused(flags, sentence, home, cli, tmp_path):
+    code, _, err = cli(bit_diffusion, "--data", home / "small.txt", *TINY, "--out",
+                       tmp_path / "run", *flags.split())
+    assert sentence in one_sentence(code, err) and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("flags, sentence", [
     ("--param eps --loss ce", "--param eps does not: use --param logits, or --loss mse or vlb"),
     ("--param v --sampler token", "--param v does not: use --param logits"),
@@ -245,7 +292,7 @@ def test_what_cannot_work_is_refused_before_training(flags, sentence, home, cli,
     assert sentence in one_sentence(code, err) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("script", [mdlm, dit_embed], ids=lambda s: s.NAME)
+@pytest.mark.parametrize("script", SCRIPTS[1:], ids=lambda s: s.NAME)
 def test_sample_fills_holes_and_keeps_the_rest(script, home, cli):
     out = home / script.NAME
     code, _, _ = cli(script, "sample", "--out", out, "--infill", "the ___3 saw a___4", "--n", 2)
@@ -261,7 +308,8 @@ def test_sample_fills_holes_and_keeps_the_rest(script, home, cli):
 
 
 @pytest.mark.parametrize("script, change", [
-    (mdlm, dict(order="l2r", remask="none")), (dit_embed, dict(clock="l2r", sampling_steps=3))],
+    (mdlm, dict(order="l2r", remask="none")), (dit_embed, dict(clock="l2r", sampling_steps=3)),
+    (bit_diffusion, dict(clock="l2r", sampling_steps=3))],
     ids=lambda p: getattr(p, "NAME", ""))
 def test_sample_is_fast_unless_told_otherwise(script, change, home, cli, tmp_path):
     """FAST holds for sample where neither the run nor the command line says something else."""

@@ -13,11 +13,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import ar
+import bit_diffusion
 import dit_embed
 import mdlm
 from tables import chi_square, generator
 
-ALL = pytest.mark.parametrize("script", [ar, mdlm, dit_embed], ids=lambda s: s.NAME)
+ALL = pytest.mark.parametrize("script", [ar, mdlm, dit_embed, bit_diffusion], ids=lambda s: s.NAME)
 
 
 def config(script, **changes):
@@ -92,6 +93,8 @@ def test_the_network_knows_the_order_of_its_input(script):
     extra = (torch.ones(1),) if script is mdlm else ()
     if script is dit_embed:  # clean embeddings, told so
         x, y, extra = model.table()[x], model.table()[y], (torch.full((1, 8), 5.0),)
+    if script is bit_diffusion:
+        x, y, extra = model.code[x], model.code[y], (torch.full((1, 8), bit_diffusion.SURE),)
     assert (model(x, *extra)[:, -1] - model(y, *extra)[:, -1]).abs().max() > 1e-3
 
 
@@ -239,7 +242,10 @@ def test_categorical_never_draws_what_a_filter_has_cut(script):
           ("ce_seq", "ce_batch", "nelbo"), (True, False), ("linear", "cosine"), ("none", "add"))),
     *((dit_embed, dict(loss=loss, param=param, window=window, selfcond=0.5, prefix=0.5))
       for loss, param, window in itertools.product(
-          ("auto", "mse", "vlb"), ("logits", "eps", "v"), (0.3, 1.0)))])
+          ("auto", "mse", "vlb"), ("logits", "eps", "v"), (0.3, 1.0))),
+    *((bit_diffusion, dict(loss=loss, head=head, parts=parts, window=window, prefix=0.5))
+      for loss, (head, parts), window in itertools.product(
+          ("ce", "elbo"), (("token", 1), ("bit", 1), ("bit", 4)), (0.3, 1.0)))])
 def test_equal_shares_of_a_batch_average_to_its_loss_and_gradient(script, changes):
     """The noise is drawn for the whole batch, the weights count the whole batch."""
     cfg = config(script, **changes)
@@ -273,7 +279,9 @@ def test_rows_with_everything_or_nothing_masked_give_finite_gradients(script):
     for changes in {"ar": [dict(rows="docs"), dict(rows="stream")],
                     "mdlm": [dict(loss=loss, exact_count=False) for loss in
                              ("ce_seq", "ce_batch", "nelbo")],
-                    "dit_embed": [dict(loss=loss) for loss in ("ce", "mse", "vlb")]}[script.NAME]:
+                    "dit_embed": [dict(loss=loss) for loss in ("ce", "mse", "vlb")],
+                    "bit_diffusion": [dict(loss="ce"), dict(loss="elbo"),
+                                      dict(head="bit", parts=4)]}[script.NAME]:
         cfg = config(script, **changes)
         model = network(script, cfg)
         for seed in range(8):  # with Bernoulli masks and eight tokens, some rows are untouched
@@ -335,8 +343,9 @@ def test_it_learns_rows_by_heart(script):
     torch.manual_seed(0)
     model, g = script.Model(cfg), generator(1)
     fit(script, model, cfg, lambda: rows.repeat(8, 1), 300, g)
-    nats = script.nelbo(model, rows.repeat(50, 1), cfg, generator(2))[0].mean().item()
-    assert nats == pytest.approx(math.log(8), abs=0.2)
+    nats = script.nelbo(model, rows.repeat(500, 1), cfg, generator(2))[0]
+    room = 0.2 + 3 * nats.std().item() / 4000 ** 0.5  # the bound is estimated
+    assert nats.mean().item() == pytest.approx(math.log(8), abs=room)
     x, _ = script.sample(model, cfg, 200, generator(3))
     assert (x[:, None] == rows).all(2).any(1).float().mean() > 0.8
 
@@ -374,17 +383,17 @@ def test_sections_3_to_5_run_alone_with_nothing_but_torch(script):
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     x0 = torch.randint(13, (8, 6), generator=g)
     losses = []
-    for _ in range(10):
+    for _ in range(40):
         loss, _ = names["loss_fn"](model, x0, cfg, g)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    if script is dit_embed:  # its own evidence counts from the start
+    if script in (dit_embed, bit_diffusion):  # own evidence counts from the start
         assert 0 < losses[0] < math.log(13)
     else:
         assert losses[0] == pytest.approx(math.log(13), abs=1e-5)
-    assert losses[-1] < losses[0] - 0.2
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.2
     assert names["nelbo"](model, x0, cfg, g)[0].shape == (8,)
     x, info = names["sample"](model, cfg, 5, g)
     assert x.shape == (5, 6) and x.max() < 13 and info["nfe"] == 6 + (script is dit_embed)

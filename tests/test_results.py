@@ -42,10 +42,10 @@ def test_the_readme_shows_the_samples_of_an_evaluation(path):
     """`| order or sampler | calls | valid | known | agree | entropy | judge | file |`, means over
     seeds."""
     made, = rows(path, "config")
-    script = "mdlm" if path.stem.startswith("mdlm") else "dit_embed"
+    script = path.stem.split("_eval")[0].removesuffix("_10000")
     assert made["eval"].startswith(f"{script}.py eval") and "data_dir" not in made["config"]
-    samples, shown, key = rows(path, "samples"), 0, dict(mdlm="order", dit_embed="sampler")[script]
-    assert len({row[key] for row in samples}) >= 3
+    samples, shown, key = rows(path, "samples"), 0, dict(mdlm="order").get(script, "sampler")
+    assert len({row[key] for row in samples}) >= 2
     seeds = {row["seed"] for row in samples}
     assert len(seeds) == made["config"]["eval_seeds"]
     for line in README.splitlines():

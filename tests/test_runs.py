@@ -20,12 +20,13 @@ from matplotlib import image
 from safetensors.torch import load_file
 
 import ar
+import bit_diffusion
 import common
 import dit_embed
 import mdlm
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [ar, mdlm, dit_embed]
+SCRIPTS = [ar, mdlm, dit_embed, bit_diffusion]
 both = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.NAME)
 FILES = {"config.json", "tokenizer.json", "log.jsonl", "model.safetensors", "state.pt",
          "samples.txt", "loss.png", "trace.png"}
