@@ -154,12 +154,13 @@ def test_project_draws_given_that_it_is_a_token_and_modulo_counts_on(V):
 
 
 def test_the_raw_rate_counts_only_what_was_to_be_drawn():
-    """A share of the positions that are not given."""
+    """A share of the positions that are not given, each counted once, when it settles."""
     model = three("bit", 0.9)
-    cfg = config(3, 3, head="bit", sampling_steps=1)
     model.answer = lambda bits, lam: torch.full((*bits.shape[:2], 2), 30.0).double()  # always 3
-    x, info = bit_diffusion.sample(model, cfg, 50, generator(1), torch.tensor([1]))
-    assert info["invalid"] == 1 and x.max() < 3 and (x[:, 0] == 1).all()
+    for steps, window in ((1, 1.0), (60, 1.0), (20, 0.4)):
+        cfg = config(3, 3, head="bit", sampling_steps=steps, window=window)
+        x, info = bit_diffusion.sample(model, cfg, 50, generator(1), torch.tensor([1]))
+        assert info["invalid"] == 1 and x.max() < 3 and (x[:, 0] == 1).all()
     x, info = bit_diffusion.sample(model, cfg, 5, generator(1), torch.tensor([1, 0, 2]))
     assert info == dict(nfe=0, invalid=0.0) and (x == torch.tensor([1, 0, 2])).all()
 

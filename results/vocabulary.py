@@ -1,0 +1,87 @@
+"""The cost of GPT-2's 50257 tokens: `python results/vocabulary.py` writes results/vocabulary.json.
+
+Training steps (loss, gradients, clipping, both optimizers) of 16 rows of 160 random tokens with a
+softmax over all tokens, mdlm.py and the token head of bit_diffusion.py, and with the bit head, whose
+input and output know bits only. A process for each case, in turns; speed is the median over turns,
+memory the largest resident size less that before the model was made.
+"""
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import bit_diffusion
+import common
+import mdlm
+
+CASES = {
+    "mdlm.py": (mdlm, {}),
+    "token head": (bit_diffusion, dict(head="token", input="token")),
+    "bit head, 32 parts": (bit_diffusion, dict(head="bit", parts=32, input="byte")),
+    "bit head": (bit_diffusion, dict(head="bit", parts=1, input="byte")),
+}
+TURNS, STEPS, BF16 = 3, 8, torch.autocast("cpu", torch.bfloat16)
+
+
+def resident():
+    """Largest resident size of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(name):
+    """One process: seconds of a step, memory, parameters."""
+    script, settings = CASES[name]
+    cfg = script.Config(vocab_size=50257, eos=50256, bos=50256, rows="stream", **settings)
+    torch.manual_seed(0)
+    before, g, times = resident(), torch.Generator().manual_seed(0), []
+    model = script.Model(cfg)
+    optimizers = script.make_optimizers(model, cfg)
+    for _ in range(STEPS + 2):
+        x0 = torch.randint(50257, (cfg.batch_size, cfg.seq_len), generator=g)
+        start = time.perf_counter()
+        with BF16:
+            loss, _ = script.loss_fn(model, x0, cfg, g)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        times.append(time.perf_counter() - start)
+    return dict(seconds=statistics.median(times[2:]), mib=resident() - before,
+                parameters=sum(p.numel() for p in model.parameters()))
+
+
+def main():
+    if len(sys.argv) > 1:
+        return print(json.dumps(measure(sys.argv[1])))
+    turns = {name: [] for name in CASES}
+    for _ in range(TURNS):
+        for name, rows in turns.items():
+            done = subprocess.run([sys.executable, __file__, name], check=True, text=True,
+                                  stdout=subprocess.PIPE)
+            rows.append(json.loads(done.stdout))
+    cases = {name: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+             for name, rows in turns.items()}
+    for case in cases.values():
+        case["tokens_per_second"] = 16 * 160 / case["seconds"]
+        case["times_as_fast"] = cases["mdlm.py"]["seconds"] / case["seconds"]
+        case["share_of_memory"] = case["mib"] / cases["mdlm.py"]["mib"]
+    out = dict(command="python results/vocabulary.py", vocab_size=50257, rows=16, seq_len=160,
+               turns=TURNS, steps=STEPS, torch=torch.__version__,
+               machine=common.machine(torch.device("cpu")), threads=torch.get_num_threads(),
+               cases=cases)
+    Path(__file__).with_suffix(".json").write_text(json.dumps(out, indent=1) + "\n")
+    for name, case in cases.items():
+        print(f"{name:20} {case['tokens_per_second']:8,.0f} tokens/s, {case['times_as_fast']:.2f} "
+              f"times mdlm.py; {case['mib']:6.0f} MiB, {case['share_of_memory']:.2f} of mdlm.py; "
+              f"{case['parameters'] / 1e6:.2f}M parameters")
+
+
+if __name__ == "__main__":
+    main()
