@@ -17,9 +17,11 @@ Equations. C (V, K) holds a code of +-1 for every token, K = ceil(log2 V).
           falls from 1 to 0; w = 1: all alike, the classic process; w -> 0: token after token
     (E3)  log q(b_i | v) = 1/2 lam_i b_i.C_v + const
     (E4)  token head: p(v | b) = softmax_v(net + 1/2 lam b.C_v); bit head: log-odds of bit k being
-          +1, l_k = net_k + lam b_k: own evidence exactly, context from the network
-    (E5)  between them: l_k = ln sum_{v: C_vk = 1} p_v - ln sum_{v: C_vk = -1} p_v, and, if codes
-          of no token are ruled out, p(v) = softmax_v(1/2 C_v.l)
+          +1, l_k = net_k + lam b_k: own evidence exactly, context from the network; or a mixture
+          of R such products (--parts R), whose weights w_r evidence multiplies by what each
+          expects of it: prod_k cosh(l_rk / 2) / cosh(net_rk / 2)
+    (E5)  from tokens to bits: l_k = ln sum_{v: C_vk = 1} p_v - ln sum_{v: C_vk = -1} p_v; from bits
+          to tokens, codes of no token ruled out: p(v) = softmax_v(1/2 C_v.l)
     (E6)  bridge, t -> s: P(b_s != b_t | b_t, b_0) = (1 - r) (1 - a_s y) / (2 (1 + a_t y)) = f(y),
           y = b_t b_0, r = a_t / a_s
     (E7)  a step of sampler bit: every bit flips by itself, f^ = m f(1) + (1 - m) f(-1),
@@ -133,6 +135,8 @@ class Config:
                              "--temperature")
         if self.parts < 1 or self.parts & self.parts - 1:
             raise ValueError(f"--parts is {self.parts}, it must be a power of 2")
+        if self.parts > 1 and self.head == "token":
+            raise ValueError("--parts mixes products of bits, --head token has none: add --head bit")
         if not 0 < self.window <= 1:
             raise ValueError(f"--window is {self.window}, it must be more than 0 and at most 1")
 
@@ -357,8 +361,9 @@ SURE = 40.0  # lam of a clean position: the odds that one of its bits is wrong a
 
 class Model(nn.Module):
     """Bidirectional transformer over noisy codes: bits (B, T, K) of +-1, log-odds lam (B, T) that
-    they are right -> logits (B, T, V) of the token head or (B, T, K) of the bit head; for a boolean
-    `where` (B, T) only those of the n positions it names. `order` of the codes: see code_book."""
+    they are right -> logits (B, T, V) of the token head, log-odds (B, T, K) of the bit head, or
+    (B, T, R, K + 1), those of R products and, last, their log-weights; for a boolean `where` (B, T)
+    only those of the n positions it names. `order` of the codes: see code_book."""
 
     def __init__(self, cfg, order=None):
         super().__init__()
@@ -385,7 +390,7 @@ class Model(nn.Module):
         self.head = nn.Linear(cfg.n_embd, wide)
         init_weights(self)
         if R > 1:  # parts that begin alike stay alike: each leans to its own leading bits; the
-            lean = code_book(R)  # mixture of them all is uniform still
+            lean = code_book(R)[:, :K]  # mixture of them all is uniform still
             self.head.bias.data.view(R, K + 1)[:, :lean.shape[1]] = lean
 
     def expected(self, wte, code, bits, lam):
@@ -614,31 +619,33 @@ def nelbo_steps(model, x0, cfg, g, steps, joint=True):
             continue
         out, goal, now = model(bits, lam, todo).float(), clean[todo], bits[todo]
         odds, last = bit_logits(model, out), lam_s[todo] >= SURE
+        true = x0[todo][last]
         if joint:
-            end = cross_entropy(model, out.double(), x0[todo])
+            end = cross_entropy(model, out[last].double(), true)
         else:
-            end = F.cross_entropy(0.5 * odds @ model.code.double().T, x0[todo], reduction="none")
+            end = F.cross_entropy(0.5 * odds[last] @ model.code.double().T, true, reduction="none")
         right, wrong = (flip(lam[todo], lam_s[todo], y)[:, None] for y in (1, -1))
         f = torch.where(now == goal, right, wrong)
         if joint:
             stay = torch.rand(f.shape, generator=g, dtype=torch.float64).to(f.device) >= f
             up = torch.where(stay, 1 - right, right).log()  # log q(b_s | b_t, b_0) if b_t is right
             down = torch.where(stay, 1 - wrong, wrong).log()  # and if it is wrong
-            true = torch.where(now == goal, up, down).sum(1)
+            own = torch.where(now == goal, up, down).sum(1)
             if model.head_kind == "token":
                 u = 0.5 * (now * (up - down)) @ model.code.double().T
                 u = u + 0.5 * (up + down).sum(1, True)
-                step = true - (out.double().log_softmax(1) + u).logsumexp(1)  # (E9)
+                step = own - (out.double().log_softmax(1) + u).logsumexp(1)  # (E9)
             else:
                 odds, weight = mixture(out.double())
                 m, up, down = now[:, None] * odds, up[:, None], down[:, None]
                 u = torch.logaddexp(F.logsigmoid(m) + up, F.logsigmoid(-m) + down).sum(2)
-                step = true - (weight + u).logsumexp(1)  # (E9)
+                step = own - (weight + u).logsumexp(1)  # (E9)
         else:
             f_hat = right * (now * odds).sigmoid() + wrong * (-now * odds).sigmoid()  # (E7)
             step = (f * (f / f_hat).log() + (1 - f) * ((1 - f) / (1 - f_hat)).log()).sum(1)  # (E9)
         cost = torch.zeros(x0.shape, dtype=torch.float64, device=x0.device)
-        cost[todo] = torch.where(last, end, step)
+        step[last] = end
+        cost[todo] = step
         total += cost.sum(1).cpu()
     return total
 
@@ -713,7 +720,7 @@ def sample(model, cfg, n, g, prompt=None, trace=None, start=None):
     positions that came out as the code of no token. cfg.invalid makes tokens of these: project
     draws again, among the tokens only; modulo counts on from the first code. `prompt` (P,) ids
     begin every row; or `start` (n, T) holds id V where tokens are wanted, and all else is kept.
-    `trace`, a list, receives (call, ids) pairs, V where no token has half of the probability."""
+    `trace`, a list, receives (call, ids) pairs, V where a bit is likelier wrong than none."""
     device, V, nfe, lost = model.code.device, cfg.vocab_size, 0, 0
     # 1. what is given
     x = torch.full((n, cfg.seq_len), V, device=device) if start is None else start.clone()
@@ -765,8 +772,8 @@ def sample(model, cfg, n, g, prompt=None, trace=None, start=None):
         bits[todo] = torch.where(last[:, None], model.code[ids.clamp(max=V - 1)], then)
         x[todo] = torch.where(last, ids, V)
         if trace is not None:
-            p, best = (0.5 * lam_s[..., None] * bits @ model.code.T).softmax(2).max(2)
-            trace.append((nfe, best.masked_fill(p < 0.5, V).cpu()))
+            right = lam_s.sigmoid() ** bits.shape[2]  # that no bit is wrong
+            trace.append((nfe, ids_of(bits, model.code).masked_fill(right < 0.5, V).cpu()))
     return x, dict(nfe=nfe, invalid=lost / max(1, (~given).sum().item()))
 
 
@@ -874,7 +881,7 @@ def evaluate_all(run, model, cfg, n=64):
             run.log("steps", -1, **row)
             run.say("bound of a sampler: " + common.figures(row))
     # 2. where bits are lost: what an isolated position still says, and what context adds
-    lam = torch.linspace(0, 12, 41, device=run.device).repeat_interleave(4 * n)
+    lam = torch.linspace(0, 12, 41, device=run.device).repeat_interleave(n)
     some = torch.randint(cfg.vocab_size, lam.shape, generator=g).to(run.device)
     own = 0.5 * lam[:, None] * noised(model.code[some], lam, g) @ model.code.T
     alone = nn.functional.cross_entropy(own, some, reduction="none").view(41, -1).mean(1)

@@ -123,6 +123,20 @@ def test_tokens_with_like_neighbours_share_their_leading_bits(monkeypatch):
         {frozenset(pair) for pair in ((3, 6), (0, 5), (7, 1), (4, 2))}
 
 
+def test_both_neighbours_count_for_what_is_alike(monkeypatch):
+    """semantic: rows are made of X A Y and X B X. A and B come after the same, and
+    only what follows tells them apart."""
+    def rows(split, cfg, g):
+        pairs = torch.tensor([[3, 6], [0, 5], [7, 1], [4, 2]])  # X, A, B, Y
+        three = torch.tensor([[0, 1, 3], [0, 2, 0]])
+        kind = three[torch.randint(2, (cfg.batch_size, 8), generator=g)].flatten(1)
+        return pairs[kind, (torch.rand(kind.shape, generator=g) < 0.2).long()]
+    monkeypatch.setattr(bit_diffusion, "get_batch", rows)
+    order = bit_diffusion.order_tokens(config(8, 24, code="semantic"))
+    assert {frozenset(pair.tolist()) for pair in order.view(4, 2)} == \
+        {frozenset(pair) for pair in ((3, 6), (0, 5), (7, 1), (4, 2))}
+
+
 # ---- schedules and clocks
 
 
@@ -491,11 +505,11 @@ def test_steps_of_a_fresh_network_pay_the_same(V):
     """(E9) exact posteriors of independent uniform tokens, or codes: T ln V for whole tokens, T K
     ln 2 for a mixture's products; bits apart: T K ln 2 less what redrawing codes of no token gains
     at the end, in a single step all of it."""
-    T, K = 8, width(V)
-    x0 = torch.randint(V, (512, T), generator=generator(1))
+    T, K = 6, width(V)
+    x0 = torch.randint(V, (256, T), generator=generator(1))
     for head, parts, joint in (("token", 1, True), ("bit", 1, True), ("bit", 4, True),
                                ("bit", 1, False), ("bit", 2, False), ("token", 1, False)):
-        for window, steps in ((1.0, 4), (0.3, 9), (1.0, 1)):
+        for window, steps in ((1.0, 4), (0.3, 7), (1.0, 1)):
             cfg, model = (f(V=V, T=T, head=head, parts=parts, window=window)
                           for f in (config, network))
             nats = bit_diffusion.nelbo_steps(model, x0, cfg, generator(2), steps, joint)
@@ -721,12 +735,12 @@ def test_the_expected_bit_in_bayes_formula_never_gets_there():
     from the data law however many steps it takes, while the mixture of bridges arrives."""
     model, H = Oracle(JOINT, 4, 2, "bit"), entropy(JOINT)
     gap = {}
-    for kind, steps in itertools.product(("bit", "plug-in"), (1, 16, 64, 256)):
+    for kind, steps in itertools.product(("bit", "plug-in"), (1, 16, 64, 128)):
         gap[kind, steps] = cost(JOINT, chain_law(model, path(steps, 2), kind)[0]) - H
     assert gap["bit", 1] == pytest.approx(gap["plug-in", 1])
-    assert gap["bit", 64] < 0.01 and gap["bit", 256] < 0.3 * gap["bit", 64]
-    assert min(gap["plug-in", n] for n in (16, 64, 256)) > 0.05
-    assert gap["plug-in", 256] > 0.9 * gap["plug-in", 64]
+    assert gap["bit", 64] < 0.01 and gap["bit", 128] < 0.5 * gap["bit", 64]
+    assert min(gap["plug-in", n] for n in (16, 64, 128)) > 0.05
+    assert gap["plug-in", 128] > 0.9 * gap["plug-in", 64]
 
 
 # ---- training
@@ -1004,23 +1018,23 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 def test_a_batch_can_be_learned_by_heart(head, parts, loss):
     """Three strings: the bound falls to near ln 3, never far below, and samples are those strings.
     """
-    x0 = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1], [9, 0, 9, 0, 10, 1]])
-    wide = dict(V=11, T=6, head=head, parts=parts, loss=loss, window=0.3, n_embd=32, n_layer=1,
-                lr=1e-2, warmup=10, steps=120, sampling_steps=60)
+    x0 = torch.tensor([[1, 2, 3, 4], [6, 5, 4, 3], [9, 0, 10, 0]])
+    wide = dict(V=11, T=4, head=head, parts=parts, loss=loss, window=0.3, n_embd=32, n_layer=1,
+                lr=1e-2, warmup=10, steps=130, sampling_steps=40)
     model, cfg = network(**wide), config(**wide)
     optimizers, g = bit_diffusion.make_optimizers(model, cfg), generator(1)
     for step in range(cfg.steps):
         for group in [group for o in optimizers for group in o.param_groups]:
             group["lr"] = bit_diffusion.get_lr(step, cfg) * group["scale"]
-        bit_diffusion.loss_fn(model, x0.repeat(10, 1), cfg, g)[0].backward()
+        bit_diffusion.loss_fn(model, x0.repeat(12, 1), cfg, g)[0].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step(), optimizer.zero_grad()
     nats = bit_diffusion.nelbo(model, x0.repeat(60, 1), cfg, generator(2))[0]
-    assert math.log(3) - 0.2 < nats.mean() < math.log(3) + 1.6  # of 14.4 at first
+    assert math.log(3) - 0.2 < nats.mean() < math.log(3) + 1.6  # of 9.6 at first
     x, _ = bit_diffusion.sample(model, cfg, 60, generator(3))
     same = (x[:, None] == x0).all(2)
-    assert same.any(1).float().mean() > 0.4 and same.any(0).all()  # by chance: 2e-6
+    assert same.any(1).float().mean() > 0.4 and same.any(0).all()  # by chance: 2e-4
 
 
 def test_clean_is_the_same_level_in_the_tables():

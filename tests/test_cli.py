@@ -268,7 +268,8 @@ def test_every_variant_of_bit_diffusion_trains_samples_and_evaluates(flags, home
 
 @pytest.mark.parametrize("flags, sentence", [
     ("--window 0", "--window is 0.0, it must be more than 0 and at most 1"),
-    ("--parts 3", "--parts is 3, it must be a power of 2"),
+    ("--parts 2", "--head token has none: add --head bit"),
+    ("--head bit --parts 3", "--parts is 3, it must be a power of 2"),
     ("--head bit --top-k 5", "--top-k and --top-p cut tokens"),
     ("--prefix 2", "--prefix is 2.0, it must be at most 1")])
 def test_what_cannot_be_said_in_bits_is_refused(flags, sentence, home, cli, tmp_path):
