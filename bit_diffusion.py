@@ -136,7 +136,8 @@ class Config:
         if self.parts < 1 or self.parts & self.parts - 1:
             raise ValueError(f"--parts is {self.parts}, it must be a power of 2")
         if self.parts > 1 and self.head == "token":
-            raise ValueError("--parts mixes products of bits, --head token has none: add --head bit")
+            raise ValueError("--parts mixes products of bits and --head token has none: add "
+                             "--head bit")
         if not 0 < self.window <= 1:
             raise ValueError(f"--window is {self.window}, it must be more than 0 and at most 1")
 
