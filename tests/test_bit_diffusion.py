@@ -847,7 +847,7 @@ def test_shares_of_a_batch_average_to_its_loss(loss, head):
 @pytest.mark.parametrize("bad", [
     dict(window=0.0), dict(window=1.1), dict(eval_samplers="token,euler"),
     dict(head="bit", top_k=2), dict(head="bit", top_p=0.9),
-    dict(head="bit", sampler="token", top_k=2), dict(head="bit", parts=3),
+    dict(head="bit", sampler="token", top_k=2), dict(head="bit", parts=3), dict(parts=2),
     dict(head="bit", parts=0)], ids=str)
 def test_what_cannot_work_is_refused_in_one_sentence(bad):
     with pytest.raises(ValueError, match="^--") as error:

@@ -232,6 +232,23 @@ def test_top_k_and_top_p_cut_tokens(sampler):
         assert chi_square(x.flatten().bincount(minlength=4), law) > 1e-3
 
 
+def test_top_p_of_nothing_keeps_the_likeliest_token():
+    got = bit_diffusion.filter_logits(torch.tensor([[0.1, 0.4, 0.2]]), config(3, top_p=0.0))
+    assert got.softmax(1).tolist() == [[0, 1, 0]]
+
+
+def test_bits_of_the_tokens_that_are_left_may_be_certain():
+    """(E5) tokens 2 and 4 of 5 are left: their last bit is 0 for sure, and the code 6 that their
+    others may make is drawn again among tokens."""
+    p = torch.tensor([0.1, 0.1, 0.3, 0.1, 0.4]).double()
+    cfg = config(5, 1, sampler="bit", sampling_steps=1, top_k=2)
+    x, info = bit_diffusion.sample(Oracle(p, 5, 1), cfg, 6000, generator(8))
+    high, middle = 4 / 7, 3 / 7
+    law = torch.tensor([(1 - high) * (1 - middle), 0, (1 - high) * middle, 0, high * (1 - middle)])
+    assert chi_square(x.flatten().bincount(minlength=5), law / law.sum()) > 1e-3
+    assert abs(info["invalid"] - high * middle) < 5 * (0.25 / 6000) ** 0.5
+
+
 def test_categorical_draws_the_softmax():
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
     draws = bit_diffusion.categorical(logits.expand(20_000, 4), generator(1))
@@ -374,12 +391,15 @@ def test_the_call_without_the_given_text_does_not_see_it(kind):
 # ---- clocks
 
 
+@pytest.mark.parametrize("head", ["token", "bit"])
 @pytest.mark.parametrize("clock", ["random", "l2r", "maxprob"])
-def test_levels_only_rise_and_every_step_is_asked_for_where_it_is_made(clock):
+def test_levels_only_rise_and_every_step_is_asked_for_where_it_is_made(clock, head):
     """(E2) from noise to clean; the network is asked for positions on their way, bits change
-    nowhere else; what is clean stays."""
-    model, cfg = three(tilt=0.7), config(3, 3, window=0.3, clock=clock, sampling_steps=20)
-    x, _ = bit_diffusion.sample(model, cfg, 30, generator(1))
+    nowhere else; what is clean stays, and is the code of its token, redrawn or not."""
+    model = three(head, 2.0)
+    cfg = config(3, 3, head=head, window=0.3, clock=clock, sampling_steps=20)
+    x, info = bit_diffusion.sample(model, cfg, 90, generator(1))
+    assert (info["invalid"] > 0) == (head == "bit")
     levels = torch.stack([lam for _, lam, _ in model.calls])
     assert (levels.diff(dim=0) >= 0).all() and levels[0].max() < 1e-5
     for (bits, lam, where), (after, later, _) in zip(model.calls, model.calls[1:]):
@@ -437,7 +457,8 @@ def test_sampling_steps_count_calls_and_0_is_one_for_every_token():
 
 
 def test_the_trace_shows_what_is_sure_and_ends_with_the_sample():
-    """One frame a step: given tokens, tokens with half of the probability by own bits, else V."""
+    """One frame a step: given tokens, and what codes stand for as soon as they have no wrong bit
+    with at least half of the probability; else V, also for the code of no token."""
     for clock, w in (("random", 0.0), ("maxprob", 0.0), ("random", 1.0)):
         model, trace = three(), []
         cfg = config(3, 3, window=0.4, clock=clock, sampling_steps=12, guidance=w)
@@ -449,9 +470,10 @@ def test_the_trace_shows_what_is_sure_and_ends_with_the_sample():
         assert frames.shape == (len(calls), 8, 3) and (frames[:, :, 0] == 2).all()
         assert torch.equal(frames[-1], x) and (frames[0][:, 1:] == 3).double().mean() > 0.5
         for (bits, lam, _), frame in zip(model.calls[each::each], frames):
-            p, best = model.likelihood(bits, lam).softmax(2).max(2)
+            ids = (bits > 0).long() @ torch.tensor([2, 1])  # word 3 is no token, and V is 3
+            p = (1 / (1 + (-lam.double()).exp())) ** 2
             clear = (p - 0.5).abs() > 1e-3
-            assert torch.equal(frame[clear], torch.where(p < 0.5, 3, best)[clear])
+            assert torch.equal(frame[clear], torch.where(p < 0.5, 3, ids)[clear])
 
 
 def test_a_seed_fixes_the_samples():

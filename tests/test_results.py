@@ -73,6 +73,32 @@ def test_the_readme_shows_what_each_head_of_dit_embed_learnt():
                 f"{row['nats_per_story']:.0f} ± {row['se']:.0f} |") in README
 
 
+def test_the_readme_shows_what_the_order_of_codes_is_worth():
+    """`| head | mean (least to most) of three seeds | ...`, a column for each order."""
+    made = json.loads((ROOT / "results/codes.json").read_text("utf-8"))
+    assert {"command", "steps", "n_layer", "n_embd", "torch", "machine", "threads"} <= made.keys()
+    for head in ("token", "bit"):
+        shown = f"| {head} |"
+        for code in ("id", "random", "frequency", "semantic"):
+            nats = [row["nats_per_story"] for row in made["rows"]
+                    if (row["head"], row["parts"], row["code"]) == (head, 1, code)]
+            assert len(nats) == 3
+            shown += f" <= {sum(nats) / 3:.1f} ({min(nats):.1f} to {max(nats):.1f}) |"
+        assert shown in README
+
+
+def test_the_readme_shows_what_the_vocabulary_of_gpt2_costs():
+    """`| case | parameters | times as fast | share of memory |` against mdlm.py in one run."""
+    made = json.loads((ROOT / "results/vocabulary.json").read_text("utf-8"))
+    assert {"command", "vocab_size", "torch", "machine", "threads", "cases"} <= made.keys()
+    base = made["cases"]["mdlm.py"]
+    for name, case in made["cases"].items():
+        assert case["times_as_fast"] == pytest.approx(base["seconds"] / case["seconds"])
+        assert case["share_of_memory"] == pytest.approx(case["mib"] / base["mib"])
+        assert (f"| {name} | {case['parameters'] / 1e6:.2f}M | {case['times_as_fast']:.2f} | "
+                f"{case['share_of_memory']:.2f} |") in README
+
+
 def test_the_tokenizer_of_the_results_is_the_one_in_the_repository():
     from data.prepare import load_tokenizer
     stored = load_tokenizer(ROOT / "data" / "tales_bpe.json").fingerprint
