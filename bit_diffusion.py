@@ -602,15 +602,18 @@ def nelbo(model, x0, cfg, g, draws=8, frozen=None):
 
 def flip(lam_t, lam_s, y):
     """Probability that a bit changes on the way up from lam_t to lam_s > lam_t, both (...), if it
-    is right at first, y = 1, or wrong, y = -1; float64."""
-    a_t, a_s = (lam_t.double() / 2).tanh(), (lam_s.double() / 2).tanh()
-    return (1 - a_t / a_s) * (1 - a_s * y) / (2 * (1 + a_t * y))  # (E6)
+    is right at first, y = 1, or wrong, y = -1; float64. Without differences of numbers near one:
+    1 + a y = 2 sigmoid(y lam), 1 - a_t / a_s = sinh((lam_s - lam_t) / 2) / ..."""
+    t, s = lam_t.double(), lam_s.double()
+    lost = ((s - t) / 2).sinh() / ((s / 2).sinh() * (t / 2).cosh())  # 1 - r
+    return lost * (-y * s).sigmoid() / (2 * (y * t).sigmoid())  # (E6)
 
 
 @torch.no_grad()
 def nelbo_steps(model, x0, cfg, g, steps, joint=True):
     """Upper bound (E9) on -log p of a sampler of `steps` steps, unbiased: (B,) nats per row. joint:
-    sampler token; else sampler bit, whose codes of no token are drawn again among the tokens."""
+    sampler token; else sampler bit. That codes of no token are drawn again among the tokens is
+    counted for sampler bit; for token with a bit head it is not, the bound is a little larger."""
     clean, tau = model.code[x0], clocks(x0.shape, cfg, g)
     total = torch.zeros(len(x0)).double()
     for k in range(steps, 0, -1):
@@ -746,7 +749,8 @@ def sample(model, cfg, n, g, prompt=None, trace=None, start=None):
         out = model(bits, lam, todo).float()
         nfe += 1
         if cfg.guidance and given.any():
-            bare = model(bits, lam.masked_fill(given, 0.0), todo)
+            blind = torch.where(given[..., None], noised(bits, 0 * lam, g), bits)
+            bare = model(blind, lam.masked_fill(given, 0.0), todo)
             out, bare = (update(model, y, bits[todo], -lam[todo]) for y in (out, bare))
             out = update(model, out + cfg.guidance * (out - bare), bits[todo], lam[todo])  # (E10)
             nfe += 1
