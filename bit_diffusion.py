@@ -606,7 +606,7 @@ def flip(lam_t, lam_s, y):
     1 + a y = 2 sigmoid(y lam), 1 - a_t / a_s = sinh((lam_s - lam_t) / 2) / ..."""
     t, s = lam_t.double(), lam_s.double()
     lost = ((s - t) / 2).sinh() / ((s / 2).sinh() * (t / 2).cosh())  # 1 - r
-    return lost * (-y * s).sigmoid() / (2 * (y * t).sigmoid())  # (E6)
+    return (lost * (-y * s).sigmoid() / (2 * (y * t).sigmoid())).clamp(max=1)  # (E6)
 
 
 @torch.no_grad()
