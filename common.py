@@ -642,7 +642,7 @@ def plot_integrand(path, rate, cost, cfg):
 def plot_noise(path, lam, alone, info, schedules, cfg, what="tokens", axis="log-SNR of a position"):
     """noise.png: where on the axis of noise levels tokens, or bits, are lost. Top: what is left to
     know of a token by own evidence alone, `alone` in nats at `lam`. Middle: what the model pays
-    there, whose area is DIFF (info of nelbo: lam, cost). Bottom: when each schedule {name: lam (n,)}
+    there, its area is DIFF (info of nelbo: lam, cost). Bottom: when each schedule {name: lam (n,)}
     is where."""
     figure, (top, middle, bottom) = _axes(7, 7, 3)
     low, high = lam[0], lam[-1]

@@ -1,9 +1,9 @@
 """The cost of GPT-2's 50257 tokens: `python results/vocabulary.py` writes results/vocabulary.json.
 
 Training steps (loss, gradients, clipping, both optimizers) of 16 rows of 160 random tokens with a
-softmax over all tokens, mdlm.py and the token head of bit_diffusion.py, and with the bit head, whose
-input and output know bits only. A process for each case, in turns; speed is the median over turns,
-memory the largest resident size less that before the model was made.
+softmax over all tokens, mdlm.py and the token head of bit_diffusion.py, and with the bit head, of
+which input and output know bits only. A process for each case, in turns; speed is the median over
+turns, memory the largest resident size less that before the model was made.
 """
 import json
 import resource
