@@ -31,7 +31,7 @@ TINY = ("--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --seq-len 32 --batc
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a text, a cache, and a finished run of each script in folders of their names."""
+    """A folder with a text, a cache, and a finished run of each script, each in a folder."""
     home, draw = tmp_path_factory.mktemp("home"), random.Random(0)
     words = ["the cat|a dog|my friend|the old king", "saw|liked|found|lost",
              "a red ball|the house|some bread|a tall tree"]
