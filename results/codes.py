@@ -56,7 +56,7 @@ def draw(path, rows):
 
 def main():
     bit_diffusion.grade = lambda *a, **k: None  # samples are not needed here
-    out = dict(command="python results/codes.py", **SMALL, torch=torch.__version__,
+    out = dict(command="python results/codes.py", **SMALL, seed=SEEDS, torch=torch.__version__,
                machine=common.machine(torch.device("cpu")), threads=torch.get_num_threads(),
                rows=[run(*case) for case in ((name, code, seed) for seed in SEEDS
                                              for name in HEADS for code in CODES)])

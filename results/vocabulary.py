@@ -73,7 +73,7 @@ def main():
         case["times_as_fast"] = cases["mdlm.py"]["seconds"] / case["seconds"]
         case["share_of_memory"] = case["mib"] / cases["mdlm.py"]["mib"]
     out = dict(command="python results/vocabulary.py", vocab_size=50257, rows=16, seq_len=160,
-               turns=TURNS, steps=STEPS, torch=torch.__version__,
+               seed=0, turns=TURNS, steps=STEPS, torch=torch.__version__,
                machine=common.machine(torch.device("cpu")), threads=torch.get_num_threads(),
                cases=cases)
     Path(__file__).with_suffix(".json").write_text(json.dumps(out, indent=1) + "\n")
