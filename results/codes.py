@@ -57,7 +57,8 @@ def draw(path, rows):
 def main():
     bit_diffusion.grade = lambda *a, **k: None  # samples are not needed here
     out = dict(command="python results/codes.py", **SMALL, seed=SEEDS[0], seeds=SEEDS,
-               torch=torch.__version__, machine=common.machine(torch.device("cpu")), threads=torch.get_num_threads(),
+               torch=torch.__version__, machine=common.machine(torch.device("cpu")),
+               threads=torch.get_num_threads(),
                rows=[run(*case) for case in ((name, code, seed) for seed in SEEDS
                                              for name in HEADS for code in CODES)])
     target = Path(__file__).with_suffix(".json")
