@@ -4,7 +4,7 @@ Method: the binary symmetric channel on the bits of token ids, a discrete diffus
 Sohl-Dickstein et al. 2015 (arXiv 1503.03585, section 2.4) and D3PM (Austin et al. 2021, arXiv
 2107.03006) that needs K = log2 V outputs instead of V; bounds and steps are derived in notebook 04.
 
-    python bit_diffusion.py              7 minutes, 2 CPU cores: <= 1.60 nats/token (entropy 0.91)
+    python bit_diffusion.py              6 minutes, 2 CPU cores: <= 1.60 nats/token (entropy 0.91)
     python bit_diffusion.py sample --prompt "Once upon a time" --n 3 --trace      64 calls, see FAST
     python bit_diffusion.py --tokenizer gpt2 --head bit --parts 32 --input byte     544 outputs for
                                          the 50257 tokens of GPT-2
