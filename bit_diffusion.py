@@ -1,8 +1,8 @@
 """Diffusion by flipping bits: noise flips the bits of every token's code, learn to flip them back.
 
-Method: the binary symmetric channel on the bits of token ids, a discrete diffusion in the sense of
-Sohl-Dickstein et al. 2015 (arXiv 1503.03585, section 2.4) and D3PM (Austin et al. 2021, arXiv
-2107.03006) that needs K = log2 V outputs instead of V; bounds and steps are derived in notebook 04.
+Method: the binary symmetric channel on the bits of token ids, the binomial diffusion of
+Sohl-Dickstein et al. 2015 (arXiv 1503.03585) and a case of D3PM (Austin et al. 2021, arXiv
+2107.03006); a bit head needs K = log2 V outputs. Bounds and steps are derived in notebook 04.
 
     python bit_diffusion.py              6 minutes, 2 CPU cores: <= 1.60 nats/token (entropy 0.91)
     python bit_diffusion.py sample --prompt "Once upon a time" --n 3 --trace      64 calls, see FAST

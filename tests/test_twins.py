@@ -195,6 +195,12 @@ def test_shared_names_have_the_same_text(name):
         assert ar[key] == other[key], f"{key} differs:\n" + "\n".join(change)
 
 
+@pytest.mark.parametrize("key", ["clocks", "deal", "holes"])
+def test_what_the_noisy_input_scripts_share_has_the_same_text(key):
+    """Every position's own time, and what eval hides."""
+    assert pieces("dit_embed")[key] == pieces("bit_diffusion")[key]
+
+
 @each
 def test_every_listed_difference_still_exists(name):
     ar, other = pieces("ar"), pieces(name)
