@@ -313,7 +313,8 @@ class Run:
             seen = step * self.cfg.grad_accum * self.cfg.batch_size * self.cfg.seq_len
             self.log("val", step, tokens=seen, **row)
             self.say(f"step {step:5d}  {report(row)}")
-            self.shown |= dict(val=row["nats_per_token"])
+            if "nats_per_token" in row:
+                self.shown |= dict(val=row["nats_per_token"])
         self.clock = time.time()
 
     def resume(self, tokenizer, model, ema, optimizers, g):
@@ -431,7 +432,10 @@ def se(values):
 
 
 def report(row):
-    """One evaluation as one readable line; `=` is exact, `<=` an upper bound."""
+    """One evaluation as one readable line; `=` is exact, `<=` an upper bound. What has no
+    likelihood, bound "none", shows its plain figures."""
+    if row["bound"] == "none":
+        return figures({k: v for k, v in row.items() if isinstance(v, float)})
     sign = "=" if row["bound"] == "exact" else "<="
     text = (f"{sign} {row['nats_per_token']:.3f} nats/token  "
             f"{sign} {row['bits_per_byte']:.3f} bits/byte")
@@ -486,9 +490,11 @@ def show_samples(run, cfg, tokenizer, step, x, trace, info, seconds=None):
     rows = tokens_of(x, cfg)
     texts = [tokenizer.decode(row) for row in rows]
     if trace:
-        film = [(label, ids[0].tolist()) for label, ids in trace]
+        film = [(label, ids[0].tolist()) for label, ids, *_ in trace]
         plot_trace(run.out / "trace.png", film, tokenizer, cfg)
         run.say("\n" + filmstrip(film, tokenizer) + "\n")
+        if len(trace[0]) > 2 and not seconds:
+            run.say(settling(trace, tokenizer) + "\n")
     replace(run.out / "samples.txt",
             lambda p: p.write_text("\n<|endoftext|>\n".join(texts) + "\n", encoding="utf-8"))
     for text in texts[:2] if seconds else texts:
@@ -589,6 +595,24 @@ def filmstrip(film, tokenizer, frames=6, width=96, lines=3):
 
 # ------------------------------------------------------------------------------------ figures
 
+def settling(trace, tokenizer, positions=6, frames=5, width=100):
+    """How the candidates of some positions of the first sample settle, as text: a block for each of
+    the positions that took the most calls, a line for each of some of those calls. trace: tuples
+    (call, ids, s, candidates (n, T, K), logp (n, T, K + 1))."""
+    busy = sum(((s[0] > 0) & (logp[0, :, 0] < 0)).long() for _, _, s, _, logp in trace)
+    text = []
+    for i in sorted(busy.argsort(descending=True, stable=True)[:positions].tolist()):
+        steps = [f for f in trace if f[2][0, i] > 0 and f[4][0, i, 0] < 0]
+        picks = sorted({round(j * (len(steps) - 1) / max(1, frames - 1)) for j in range(frames)})
+        end = tokenizer.decode([trace[-1][3][0, i, 0].item()]).strip()
+        text.append(f"position {i}, at last '{end}'")
+        for call, _, _, ids, logp in (steps[j] for j in picks if steps):
+            shown = " ".join(f"{p:.2f} {tokenizer.decode([token]).strip() or '_'} " for token, p in
+                             zip(ids[0, i].tolist(), logp[0, i, :-1].exp().tolist()) if p >= 0.005)
+            text.append(f"{call:>5}  {shown or 'nothing above 0.005'}"[:width])
+    return "\n".join(text)
+
+
 def _axes(width, height, panels=1):
     from matplotlib.figure import Figure  # without pyplot: a notebook keeps its own settings
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
@@ -601,22 +625,28 @@ def plot_loss(path, rows):
     figure, (top, bottom) = _axes(7, 6, 2)
     train = [row for row in rows if row["kind"] == "train"]
     val = [row for row in rows if row["kind"] == "val"]
-    kind = "exact" if val[-1]["bound"] == "exact" else "upper bound"
-    top.errorbar([r["step"] for r in val], [r["nats_per_token"] for r in val],
-                 [2 * r["nats_per_token_se"] for r in val], marker="o", ms=4, capsize=2,
-                 label=f"validation ({kind}), 2 SE")
+    if val[-1]["bound"] == "none":  # no likelihood: the shares that were measured instead
+        for name in (k for k, v in val[-1].items() if isinstance(v, float)):
+            top.plot([r["step"] for r in val], [r[name] for r in val], marker="o", ms=4, label=name)
+        top.set(ylabel="share of positions", ylim=(0, 1.05), title=path.parent.name)
+    else:
+        kind = "exact" if val[-1]["bound"] == "exact" else "upper bound"
+        top.errorbar([r["step"] for r in val], [r["nats_per_token"] for r in val],
+                     [2 * r["nats_per_token_se"] for r in val], marker="o", ms=4, capsize=2,
+                     label=f"validation ({kind}), 2 SE")
+        top.set(ylabel="nats per token", yscale="log", title=path.parent.name)
     if "floor_per_doc" in val[-1]:
         floor = val[-1]["nats_per_token"] * val[-1]["floor_per_doc"] / val[-1]["nats_per_doc"]
         top.axhline(floor, ls="--", color="tab:green", label=f"entropy {floor:.3f}")
     bottom.plot([r["step"] for r in train], [r["loss"] for r in train], lw=0.6, color="tab:gray",
                 label="training loss")
-    top.set(ylabel="nats per token", yscale="log", title=path.parent.name)
     bottom.set(xlabel="step", ylabel="nats per position in the loss", yscale="log")
     for axes in (top, bottom):
-        low, high = axes.get_ylim()
-        ticks = [t for t in (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16) if low < t < high]
-        axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
-        axes.minorticks_off()
+        if axes.get_yscale() == "log":
+            low, high = axes.get_ylim()
+            ticks = [t for t in (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16) if low < t < high]
+            axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+            axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend()
     replace(path, lambda p: figure.savefig(p, format="png"))
