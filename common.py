@@ -89,11 +89,11 @@ def check(cfg):
                  eval_every=1, save_every=1, warmup=0, docs=0, vocab_size=0, sampling_steps=0,
                  grad_clip=0, ema=0, lr=0, top_k=0, temperature=0, top_p=0, threshold=0, guidance=0,
                  block=0, length=0, remask_eta=0, eval_seeds=1, emb_dim=1, emb_norm=0, anchor=0,
-                 selfcond=0, prefix=0, eta=0, lam_above=0, lam_below=0)
+                 selfcond=0, prefix=0, eta=0, lam_above=0, lam_below=0, k=1, swap=0)
     bad = [f"--{k.replace('_', '-')} is {getattr(cfg, k)}, it must be at least {v}"
            for k, v in least.items() if hasattr(cfg, k) and not getattr(cfg, k) >= v]
     bad += [f"--{k.replace('_', '-')} is {getattr(cfg, k)}, it must be at most 1"
-            for k in ("top_p", "threshold", "remask_eta", "selfcond", "prefix", "eta")
+            for k in ("top_p", "threshold", "remask_eta", "selfcond", "prefix", "eta", "swap")
             if getattr(cfg, k, 0) > 1]
     if not getattr(cfg, "repetition_penalty", 1) > 0:
         bad.append(f"--repetition-penalty is {cfg.repetition_penalty}, it must be more than 0")

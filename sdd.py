@@ -20,8 +20,8 @@ Equations. s_i >= 0 is the precision of what is known about position i; e_v the 
           that is blind to x_0, p = p(. | states); nothing to add: at s = 0 nothing is known
     (E5)  every position has its own time, t_i = clamp((t - tau_i) / w, 0, 1), s_i = s(t_i) falls
           from infinity to 0; w = 1: all alike; w -> 0: masked diffusion in random order
-    (E6)  p_i = softmax(net_i + log theta~_i), theta~ = the state with its rest spread evenly: own
-          evidence exactly, context from the network
+    (E6)  p_i = softmax(net_i + z_i): own evidence exactly, context from the network, which sees
+          states only; --skip state adds log theta~_i, the state with its rest spread evenly
     (E7)  a step by a = s' - s: z' = z + a g + sqrt(a) xi; sampler token: g = e_v, v ~ p;
           ancestral: g = p; deterministic: z' = s' p + sqrt(s' / s) (z - s p)
     (E8)  what N steps cost: ancestral a / 2 E |e_x - p|^2; token E[d_x - ln sum_v p_v exp(d_v)],
@@ -106,8 +106,7 @@ class Config:
     prefix: float = 0.0  # share of rows whose beginning, of random length, is clean in training
     swap: float = 0.95  # original: probability that noise swaps a candidate at t = 1; 0 = never
     sampler: Literal["token", "ancestral", "deterministic"] = "token"  # a step (E7)
-    # which position begins next; revise: the surest, and settled ones give way to surer ones (E9)
-    clock: Literal["random", "l2r", "maxprob", "revise"] = "random"
+    clock: Literal["random", "l2r", "maxprob", "revise"] = "random"  # which position goes next
     sampling_steps: int = 0  # steps; 0 = one for every token of a row
     guidance: float = 0.0  # classifier-free guidance by the given text (E10); 0 = off
     infill: str = ""  # "Once ___ a ___3 who": holes of one and three tokens, then the end
@@ -124,14 +123,11 @@ class Config:
         for name in self.eval_samplers.split(","):
             if name not in known:
                 raise ValueError(f"--eval-samplers knows {', '.join(known)}, not '{name}'")
-        for size in [str(self.k), *filter(None, self.curriculum.split(","))]:
+        for size in filter(None, self.curriculum.split(",")):
             if not size.isdigit() or int(size) < 1:
-                raise ValueError(f"a position has 1, 2, 3 ... candidates, not '{size}': see --k "
-                                 "and --curriculum")
+                raise ValueError(f"--curriculum is like 1,2,4,8: '{size}' candidates cannot be")
         if not 0 < self.window <= 1:
             raise ValueError(f"--window is {self.window}, it must be more than 0 and at most 1")
-        if not 0 <= self.swap <= 1:
-            raise ValueError(f"--swap is {self.swap}, it must be a probability")
         if self.process == "original" and (self.prompt or self.infill or self.guidance):
             raise ValueError("--process original is a diagnosis and takes no --prompt, --infill or "
                              "--guidance")
@@ -460,7 +456,7 @@ def states(x, s, z, k, V):
     return ids, logp
 
 
-def measure(x0, s, V, g, rows=slice(None)):
+def observe(x0, s, V, g, rows=slice(None)):
     """Evidence z (n, V) of the n positions of `rows` of x0 (B, T) whose precision s (B, T) is
     between 0 and SURE; the noise is drawn for all rows."""
     between, mine = (s > 0) & (s < SURE), torch.zeros(s.shape, dtype=torch.bool)
@@ -527,7 +523,7 @@ def loss_fn(model, x0, cfg, g, rows=slice(None)):
     frozen = torch.arange(T) < (T * begin).floor()  # (B, T)
     s, slope = levels(t, clocks(x0.shape, cfg, g, frozen), cfg)
     # 2. corrupt
-    z = measure(x0, s, cfg.vocab_size, g, rows)  # (number between, V)
+    z = observe(x0, s, cfg.vocab_size, g, rows)  # (number between, V)
     n = (s < SURE).sum(1).to(device)  # unsettled positions of each row
     x0, s, slope = (y[rows].to(device) for y in (x0, s, slope))
     # 3. predict
@@ -562,7 +558,7 @@ def nelbo(model, x0, cfg, g, draws=8, frozen=None):
         s, slope = levels(first + (last - first) * (k + u) / draws, tau, cfg)
         for i in torch.arange(B).split(64):
             todo = (slope[i] > 0).to(device)
-            z = measure(x0[i], s[i], cfg.vocab_size, g)
+            z = observe(x0[i], s[i], cfg.vocab_size, g)
             logits, _ = predict(model, x0[i], s[i].to(device), z, todo, cfg)
             nats = torch.zeros(todo.shape, dtype=torch.float64, device=device)
             nats[todo] = 0.5 * distance(logits, x0[i][todo])
@@ -583,7 +579,7 @@ def nelbo_steps(model, x0, cfg, g, steps, mixture=True):
         todo, last = then > s, then >= SURE
         if not todo.any():
             continue
-        z = measure(x0, s, cfg.vocab_size, g)
+        z = observe(x0, s, cfg.vocab_size, g)
         s, then, todo = (y.to(x0.device) for y in (s, then, todo))
         logits, _ = predict(model, x0, s, z, todo, cfg)
         true, a, last = x0[todo], (then - s)[todo], last[todo.to(last.device)].to(x0.device)
@@ -698,7 +694,7 @@ def sample(model, cfg, n, g, prompt=None, trace=None, start=None):
             trace.append(frame(nfe, x, s, now, cfg))
         # 4. the surest positions go on; clocks are dealt to those that wait, or to all anew
         if cfg.clock in ("maxprob", "revise"):
-            conf[todo] = out.softmax(1).amax(1)
+            conf[todo] = (out.amax(1) - out.logsumexp(1)).exp()
             tau = deal(tau, ~given if cfg.clock == "revise" else s == 0, conf)
             then = levels(torch.full((1, 1), (k - 1) / steps, device=device), tau, cfg)[0]
             on = (then > s)[todo]
@@ -871,7 +867,7 @@ def candidates(model, cfg, x0, g, seeds=1):
     seen, trace, V = [], [], cfg.vocab_size
     for t in (0.3, 0.5, 0.7):
         s, _ = levels(torch.full((1, 1), t), clocks(x0.shape, cfg, g), cfg)
-        z = measure(x0, s, V, g)
+        z = observe(x0, s, V, g)
         seen.append((states(x0, s.to(x0.device), z, cfg.k, V)[0].cpu(), s, x0.cpu()))
     x, _ = sample(model, cfg, len(x0), g, trace=trace)
     drawn = [(ids, s, x.cpu()) for _, _, s, ids, _ in trace[:-1]]
@@ -966,7 +962,7 @@ def measure_bounds(run, model, cfg, x0, n, g):
         s = s.to(run.device)
         todo, right = (s < SURE) & inside, []
         for i in torch.arange(len(x0)).split(64):
-            z = measure(x0[i], s[i].cpu(), cfg.vocab_size, g)
+            z = observe(x0[i], s[i].cpu(), cfg.vocab_size, g)
             logits, _ = predict(model, x0[i], s[i], z, todo[i], cfg)
             right.append(logits.argmax(1) == x0[i][todo[i]])
         row = dict(t=t, accuracy=torch.cat(right).float().mean().item(),

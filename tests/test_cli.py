@@ -20,10 +20,11 @@ import bit_diffusion
 import common
 import dit_embed
 import mdlm
+import sdd
 from data import prepare, tales
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [ar, mdlm, dit_embed, bit_diffusion]
+SCRIPTS = [ar, mdlm, dit_embed, bit_diffusion, sdd]
 both = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.NAME)
 TINY = ("--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --seq-len 32 --batch-size 4 --steps 4 "
         "--warmup 1 --eval-every 2 --save-every 2 --device cpu --dtype float32").split()
@@ -152,7 +153,7 @@ def test_sample_follows_its_flags(script, home, cli):
         assert cli(script, "sample", "--out", out, "--n", 2, *argv)[0] == 0
         return (out / "samples.txt").read_bytes()
     assert drawn("--temperature", 0) != drawn() != drawn("--top-k", 1)
-    if script not in (dit_embed, bit_diffusion):  # whose temperature leaves own evidence alone
+    if script in (ar, mdlm):  # elsewhere the temperature leaves own evidence alone
         assert drawn("--temperature", 0) == drawn("--top-k", 1)
     assert drawn() == drawn() != drawn("--seed", 3)
 
@@ -278,6 +279,76 @@ def test_what_cannot_be_said_in_bits_is_refused(flags, sentence, home, cli, tmp_
     assert sentence in one_sentence(code, err) and not (tmp_path / "run").exists()
 
 
+def test_eval_of_sdd_writes_its_own_rows_and_two_figures(home, cli, tmp_path):
+    out = shutil.copytree(home / "sdd", tmp_path / "run")
+    before = (out / "log.jsonl").read_text()
+    code, said, err = cli(sdd, "eval", "--out", out, "--judge", home / "ar")
+    assert code == 0 and err == ""
+    rows = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+    kinds = [row["kind"] for row in rows]
+    assert kinds == (["config", "test", "draws"] + 12 * ["steps"] + 8 * ["among"] +
+                     4 * ["accuracy"] + 3 * ["infill"] + ["real"] + 12 * ["samples"])
+    test, samples = rows[1], rows[-12:]
+    assert f"test, {test['rows']} rows: <= {test['nats_per_token']:.3f} nats/token" in said
+    assert [(r["sampler"], r["sampling_steps"]) for r in samples] == [
+        (sampler, steps) for sampler in ("token", "ancestral", "deterministic")
+        for steps in (4, 8, 16, 32)]
+    assert all(r["nfe"] == r["sampling_steps"] and r["judge"] > 0 for r in samples)
+    among = [row for row in rows if row["kind"] == "among"]
+    assert [row["s_low"] for row in among] == sorted(row["s_low"] for row in among)
+    assert among[-1]["training"] == 1  # much evidence: the truth is a candidate
+    for name in ("quality.png", "noise.png"):
+        assert (out / name).stat().st_size > 1000
+    assert (out / "log.jsonl").read_text() == before
+    assert "not 'best'" in one_sentence(*cli(sdd, "eval", "--eval-samplers", "best")[::2])
+
+
+@pytest.mark.parametrize("flags", [
+    "--attention full --k 3 --schedule rational --skip state --prefix 0.5",
+    "--curriculum 1,2,4 --window 1 --loss elbo", "--k 300 --skip none"])
+def test_every_variant_of_sdd_trains_samples_and_evaluates(flags, home, cli, tmp_path):
+    out = tmp_path / "run"
+    for command in ([], ["sample", "--infill", "a ___ b", "--clock", "random", "--guidance", "1"],
+                    ["sample", "--k", "5", "--sampler", "deterministic", "--trace"],
+                    ["eval", "--judge", tmp_path, "--eval-samplers", "ancestral"]):
+        train = [] if command else ["--data", home / "small.txt", *TINY, *flags.split()]
+        code, said, err = cli(sdd, *command, *train, "--out", out)
+        assert code == 0, err
+        if "--trace" in command:  # candidates settle
+            assert "at last '" in said
+    assert "<= " in said
+
+
+def test_the_original_process_shows_a_leak_and_no_likelihood(home, cli, tmp_path):
+    out = tmp_path / "run"
+    code, said, err = cli(sdd, "--data", home / "small.txt", *TINY, "--process", "original",
+                          "--out", out)
+    assert code == 0 and "copy 0.5" in said and "nats/token" not in said.split("position")[-1], err
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    last = [row for row in rows if row["kind"] == "val"][-1]
+    assert last["bound"] == "none" and not any("nats" in key for key in last)
+    assert (out / "loss.png").stat().st_size > 1000
+    for command in ("sample", "eval"):
+        code, said, err = cli(sdd, command, "--out", out, "--judge", tmp_path, "--trace")
+        assert code == 0, err
+    rows = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+    assert [row["kind"] for row in rows] == ["config", "test", "real"] + 4 * ["samples"]
+    for flags in (["--prompt", "a"], ["--infill", "a ___"], ["--guidance", "1"]):
+        code, _, err = cli(sdd, "sample", "--out", out, *flags)
+        assert "takes no --prompt, --infill or --guidance" in one_sentence(code, err)
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--window 0", "--window is 0.0, it must be more than 0 and at most 1"),
+    ("--k 0", "--k is 0, it must be at least 1"), ("--swap 2", "--swap is 2.0, it must be"),
+    ("--curriculum 1,two", "'two' candidates cannot be"),
+    ("--prefix 2", "--prefix is 2.0, it must be at most 1")])
+def test_what_candidates_cannot_be_is_refused(flags, sentence, home, cli, tmp_path):
+    code, _, err = cli(sdd, "--data", home / "small.txt", *TINY, "--out", tmp_path / "run",
+                       *flags.split())
+    assert sentence in one_sentence(code, err) and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("flags, sentence", [
     ("--param eps --loss ce", "--param eps does not: use --param logits, or --loss mse or vlb"),
     ("--param v --sampler token", "--param v does not: use --param logits"),
@@ -310,7 +381,8 @@ def test_sample_fills_holes_and_keeps_the_rest(script, home, cli):
 
 @pytest.mark.parametrize("script, change", [
     (mdlm, dict(order="l2r", remask="none")), (dit_embed, dict(clock="l2r", sampling_steps=3)),
-    (bit_diffusion, dict(clock="l2r", sampling_steps=3))],
+    (bit_diffusion, dict(clock="l2r", sampling_steps=3)),
+    (sdd, dict(clock="l2r", sampling_steps=3))],
     ids=lambda p: getattr(p, "NAME", ""))
 def test_sample_is_fast_unless_told_otherwise(script, change, home, cli, tmp_path):
     """FAST holds for sample where neither the run nor the command line says something else."""

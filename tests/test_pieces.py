@@ -16,9 +16,11 @@ import ar
 import bit_diffusion
 import dit_embed
 import mdlm
+import sdd
 from tables import chi_square, generator
 
-ALL = pytest.mark.parametrize("script", [ar, mdlm, dit_embed, bit_diffusion], ids=lambda s: s.NAME)
+SCRIPTS = [ar, mdlm, dit_embed, bit_diffusion, sdd]
+ALL = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.NAME)
 
 
 def config(script, **changes):
@@ -95,6 +97,9 @@ def test_the_network_knows_the_order_of_its_input(script):
         x, y, extra = model.table()[x], model.table()[y], (torch.full((1, 8), 5.0),)
     if script is bit_diffusion:
         x, y, extra = model.code[x], model.code[y], (torch.full((1, 8), bit_diffusion.SURE),)
+    if script is sdd:  # settled positions
+        clean, none = torch.full((1, 8), sdd.SURE), torch.zeros(0, 11)
+        (x, *extra), (y, _) = (sdd.states(tokens, clean, none, 2, 11) for tokens in (x, y))
     assert (model(x, *extra)[:, -1] - model(y, *extra)[:, -1]).abs().max() > 1e-3
 
 
@@ -245,7 +250,11 @@ def test_categorical_never_draws_what_a_filter_has_cut(script):
           ("auto", "mse", "vlb"), ("logits", "eps", "v"), (0.3, 1.0))),
     *((bit_diffusion, dict(loss=loss, head=head, parts=parts, window=window, prefix=0.5))
       for loss, (head, parts), window in itertools.product(
-          ("ce", "elbo"), (("token", 1), ("bit", 1), ("bit", 4)), (0.3, 1.0)))])
+          ("ce", "elbo"), (("token", 1), ("bit", 1), ("bit", 4)), (0.3, 1.0))),
+    *((sdd, dict(loss=loss, attention=attention, window=window, prefix=0.5, k=3))
+      for loss, attention, window in itertools.product(
+          ("ce", "elbo"), ("pooled", "full"), (0.3, 1.0))),
+    (sdd, dict(process="original", k=3))])
 def test_equal_shares_of_a_batch_average_to_its_loss_and_gradient(script, changes):
     """The noise is drawn for the whole batch, the weights count the whole batch."""
     cfg = config(script, **changes)
@@ -281,7 +290,9 @@ def test_rows_with_everything_or_nothing_masked_give_finite_gradients(script):
                              ("ce_seq", "ce_batch", "nelbo")],
                     "dit_embed": [dict(loss=loss) for loss in ("ce", "mse", "vlb")],
                     "bit_diffusion": [dict(loss="ce"), dict(loss="elbo"),
-                                      dict(head="bit", parts=4)]}[script.NAME]:
+                                      dict(head="bit", parts=4)],
+                    "sdd": [dict(loss="ce"), dict(loss="elbo"), dict(attention="full", k=3),
+                            dict(process="original", k=3)]}[script.NAME]:
         cfg = config(script, **changes)
         model = network(script, cfg)
         for seed in range(8):  # with Bernoulli masks and eight tokens, some rows are untouched
@@ -389,7 +400,7 @@ def test_sections_3_to_5_run_alone_with_nothing_but_torch(script):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    if script in (dit_embed, bit_diffusion):  # own evidence counts from the start
+    if script in (dit_embed, bit_diffusion, sdd):  # own evidence counts from the start
         assert 0 < losses[0] < math.log(13)
     else:
         assert losses[0] == pytest.approx(math.log(13), abs=1e-5)

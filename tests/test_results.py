@@ -99,6 +99,32 @@ def test_the_readme_shows_what_the_vocabulary_of_gpt2_costs():
                 f"{case['share_of_memory']:.2f} |") in README
 
 
+def test_the_readme_shows_what_each_choice_of_sdd_is_worth():
+    """`| choice | steps | nats per story |`: one budget; one row as long as full attention."""
+    made = json.loads((ROOT / "results/candidates.json").read_text("utf-8"))
+    assert {"command", "config", "seed", "torch", "machine", "threads"} <= made.keys()
+    for row in made["rows"]:
+        name = f"`{row['name']}`" if row["name"][0] == "-" else row["name"]
+        sign = {"exact": "=", "upper": "<="}[row["bound"]]
+        assert (f"| {name} | {row['steps']} | {sign} {row['nats_per_story']:.1f} ± "
+                f"{row['se']:.1f} |") in README
+
+
+def test_the_readme_shows_the_leak_of_the_original_process():
+    """`| case | accuracy | copy | truth among candidates in training | in sampling | known |
+    entropy |`: shares near the noisy end; samples of 16 calls at temperature 0.7."""
+    made = json.loads((ROOT / "results/leak.json").read_text("utf-8"))
+    assert {"command", "seed", "torch", "machine", "threads"} <= made.keys()
+    for row in made["rows"]:
+        figures = [row.get("accuracy"), row.get("copy"), row["truth_among"]["training"][-1],
+                   row["truth_among"]["sampling"][-1]]
+        sample, = [s for s in row["samples"] if (s["steps"], s["temperature"]) == (16, 0.7)]
+        shown = [row["name"], *("" if f is None else f"{f:.3f}" for f in figures),
+                 f"{sample['known']:.2f}", f"{sample['entropy']:.2f}"]
+        assert "| " + " | ".join(shown).replace("|  |", "| |") + " |" in README.replace("|  |",
+                                                                                       "| |")
+
+
 def test_the_tokenizer_of_the_results_is_the_one_in_the_repository():
     from data.prepare import load_tokenizer
     stored = load_tokenizer(ROOT / "data" / "tales_bpe.json").fingerprint

@@ -24,9 +24,10 @@ import bit_diffusion
 import common
 import dit_embed
 import mdlm
+import sdd
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [ar, mdlm, dit_embed, bit_diffusion]
+SCRIPTS = [ar, mdlm, dit_embed, bit_diffusion, sdd]
 both = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.NAME)
 FILES = {"config.json", "tokenizer.json", "log.jsonl", "model.safetensors", "state.pt",
          "samples.txt", "loss.png", "trace.png"}
