@@ -94,7 +94,8 @@ class Config:
     temperature: float = 1.0  # below 1: safer, less diverse; 0: the likeliest token
     top_k: int = 0  # keep the k likeliest tokens; 0 = all
     top_p: float = 1.0  # keep the likeliest tokens that hold this much probability
-    trace: bool = False  # show the sampling trajectory    # method
+    trace: bool = False  # show the sampling trajectory
+    # method
     process: Literal["evidence", "original"] = "evidence"  # forward process; original: diagnosis
     k: int = 8  # candidates of a position (E3)
     curriculum: str = ""  # "1,2,4,8": training takes these k, one after the other, instead of --k
