@@ -15,7 +15,8 @@ Equations. s_i >= 0 is the precision of what is known about position i; e_v the 
     (E1)  z_i = s_i e_x + sqrt(s_i) eps, V numbers: Brownian motion of drift e_x, x = x_0,i
     (E2)  theta_i = softmax(z_i) = P(x_i | z_i), exactly, every token alike before; s drops out
     (E3)  state_i: the k largest of theta_i as (token, log p), and the log of the mass of the rest;
-          s = 0: k random tokens of 1/V each
+          s = 0: k random tokens of 1/V each. With --state belief the k largest of softmax(net_i +
+          z_i), net_i of an earlier call: candidates that suit the context
     (E4)  -log p(x_0) <= 1/2 sum_i int E |e_x - p_i|^2 ds_i for any path s_i(t) from 0 to infinity
           that is blind to x_0, p = p(. | states); nothing to add: at s = 0 nothing is known
     (E5)  every position has its own time, t_i = clamp((t - tau_i) / w, 0, 1), s_i = s(t_i) falls
@@ -99,6 +100,7 @@ class Config:
     process: Literal["evidence", "original"] = "evidence"  # forward process; original: diagnosis
     k: int = 8  # candidates of a position (E3)
     curriculum: str = ""  # "1,2,4,8": training takes these k, one after the other, instead of --k
+    state: Literal["evidence", "belief"] = "evidence"  # whose top k are the candidates (E3)
     attention: Literal["pooled", "full"] = "pooled"  # over positions, or over all candidates
     window: float = 0.1  # share of the path that a position needs from noise to token (E5)
     schedule: Literal["exponential", "rational"] = "exponential"  # precision and time
@@ -137,7 +139,7 @@ class Config:
 PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256, lr=2e-3),
                medium=dict(n_layer=12, n_head=12, n_embd=768, seq_len=512, lr=1e-3))
 SHAPE = ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd", "rows")  # fixed by a checkpoint
-METHOD = ("process", "attention", "skip", "swap")  # so are these
+METHOD = ("process", "state", "attention", "skip", "swap")  # so are these
 FAST = dict(clock="revise", sampling_steps=32, temperature=0.5)
 # FAST is what sample and eval do unless told otherwise: most valid tales in 32 calls, see LOG.md.
 # The defaults above are the law that the likelihoods are about.
@@ -467,12 +469,19 @@ def observe(x0, s, V, g, rows=slice(None)):
     return evidence(x0[between], s.to(x0.device)[between], eps)
 
 
-def predict(model, x, s, z, where, cfg, hide=None):
+def predict(model, x, s, z, where, cfg, hide=None, past=None):
     """What the model believes: x and s (B, T), z (n, V) as in states -> logits (m, V) of the m
     unsettled positions `where` (B, T), and the part of them that is own evidence, (m, V). The
-    boolean `hide` (B, T) names positions that are shown as unknown."""
+    boolean `hide` (B, T) names positions that are shown as unknown. `past` (n, V): what the network
+    said of the same n positions in an earlier call, for --state belief, which else makes one: it
+    learns to use its first answer without being trained through it."""
     V, between = cfg.vocab_size, (s > 0) & (s < SURE)
     ids, logp = states(x, s, z, cfg.k, V)
+    if cfg.state == "belief" and between.any():
+        if past is None:
+            with torch.no_grad():
+                past = model(ids, logp, between)
+        ids[between], logp[between] = sparse(past + z, cfg.k)  # (E3)
     shown = logp
     if hide is not None:
         nothing = torch.full_like(logp, -torch.inf)
@@ -672,6 +681,7 @@ def sample(model, cfg, n, g, prompt=None, trace=None, start=None):
     given = x != V
     # 2. no evidence yet; clocks by which what is given is clean from the beginning
     z, conf = torch.zeros(*x.shape, V, device=device), torch.zeros(x.shape, device=device)
+    net = torch.zeros_like(z) if cfg.state == "belief" else None  # the last call's
     tau = clocks(x.shape, cfg, g, given.cpu()).to(device)
     s = torch.where(given, SURE, 0.0)
     if cfg.clock == "l2r":
@@ -684,19 +694,27 @@ def sample(model, cfg, n, g, prompt=None, trace=None, start=None):
         todo = s < SURE if cfg.clock in ("maxprob", "revise") else then > s
         if not todo.any():
             continue
-        now = z[(s > 0) & (s < SURE)]
-        out, own = predict(model, x, s, now, todo, cfg)
+        between = (s > 0) & (s < SURE)
+        now, past = z[between], None if net is None else net[between]
+        out, own = predict(model, x, s, now, todo, cfg, None, past)
         nfe += 1
+        if net is not None:
+            net[todo] = out - own
         if cfg.guidance and given.any():
-            bare, _ = predict(model, x, s, now, todo, cfg, given)
+            bare, _ = predict(model, x, s, now, todo, cfg, given, past)
             out = out + cfg.guidance * (out - bare)  # (E10)
             nfe += 1
         if trace is not None:
-            trace.append(frame(nfe, x, s, now, cfg))
-        # 4. the surest positions go on; clocks are dealt to those that wait, or to all anew
+            trace.append(frame(nfe, x, s, now if past is None else now + past, cfg))
+        # 4. the surest positions go on; clocks are dealt to those that wait, or to all anew: first
+        #    what is not settled, then chance keeps settled ones, by exp(-p) of being started over
         if cfg.clock in ("maxprob", "revise"):
             conf[todo] = (out.amax(1) - out.logsumexp(1)).exp()
-            tau = deal(tau, ~given if cfg.clock == "revise" else s == 0, conf)
+            score = conf
+            if cfg.clock == "revise":
+                gumbel = -(-torch.rand(x.shape, generator=g).to(device).log()).log()
+                score = torch.where(s < SURE, 1000 + conf, conf - gumbel)
+            tau = deal(tau, ~given if cfg.clock == "revise" else s == 0, score)
             then = levels(torch.full((1, 1), (k - 1) / steps, device=device), tau, cfg)[0]
             on = (then > s)[todo]
             out, own, todo = out[on], own[on], then > s
