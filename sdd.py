@@ -6,7 +6,7 @@ and the candidates are the top of the exact posterior. The original (--process o
 answer among the candidates in training, but not in sampling: see notebook 05.
 
     python sdd.py                6 minutes, 2 CPU cores: <= 1.60 nats/token (entropy 0.91)
-    python sdd.py sample --prompt "Once upon a time" --n 3 --trace       candidates settle, see FAST
+    python sdd.py sample --prompt "Once upon a time" --n 3 --trace         32 calls, see FAST
     python sdd.py sample --infill "Once upon a ___ there was ___"
     python sdd.py eval           bounds, the truth among the candidates, infilling, few-step samples
     python sdd.py --process original --out out/original                the leak: no likelihood
@@ -140,7 +140,7 @@ PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256,
                medium=dict(n_layer=12, n_head=12, n_embd=768, seq_len=512, lr=1e-3))
 SHAPE = ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd", "rows")  # fixed by a checkpoint
 METHOD = ("process", "state", "attention", "skip", "swap")  # so are these
-FAST = dict(clock="revise", sampling_steps=32, temperature=0.5)
+FAST = dict(clock="revise", sampler="deterministic", sampling_steps=32, temperature=0.2)
 # FAST is what sample and eval do unless told otherwise: most valid tales in 32 calls, see LOG.md.
 # The defaults above are the law that the likelihoods are about.
 

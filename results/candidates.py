@@ -33,6 +33,7 @@ CASES = {  # name: (script, what is changed); the first is the default
     "--skip state --k 1": (sdd, dict(skip="state", k=1)),
     "--skip state": (sdd, dict(skip="state")),
     "--skip state --k 16": (sdd, dict(skip="state", k=16)),
+    "--state belief": (sdd, dict(state="belief")),
     "--skip none": (sdd, dict(skip="none")),
     "--attention full": (sdd, dict(attention="full")),
     "--loss elbo": (sdd, dict(loss="elbo")),

@@ -23,7 +23,6 @@ ORIGINAL = dict(process="original")
 CASES = {  # name: what is changed
     "original, swap 0.95": ORIGINAL,
     "original, swap 0": dict(ORIGINAL, swap=0.0),
-    "original, swap 0.95, k 1,2,4,8": dict(ORIGINAL, curriculum="1,2,4,8"),
     **{f"original, swap 0.95, {size}": dict(ORIGINAL, **flags)
        for size, flags in SIZES.items() if flags},
     "evidence": {},
@@ -31,7 +30,7 @@ CASES = {  # name: what is changed
 }
 SETTINGS = [(16, 0.3), (16, 0.7), (16, 1.0), (64, 0.7)]  # steps, temperature
 TARGET = Path(__file__).with_suffix(".json")
-N = 64
+N = 32
 
 
 def among(model, cfg, x0, g):
