@@ -3,9 +3,10 @@
 Method: the state of A. Holmes' "Sparse Distribution Diffusion" (github.com/aaholmes/diffusion-llm),
 [(0.6, cat), (0.3, dog), (0.1, pet)], on a new forward process: evidence arrives about every token
 and the candidates are the top of the exact posterior. The original (--process original) leaves the
-answer among the candidates in training, but not in sampling: see notebook 05.
+answer among the candidates in training, but not in sampling: see notebook 05. A relative, with
+embeddings in place of one-hot vectors: Wu et al. 2026, arXiv 2605.12836.
 
-    python sdd.py                6 minutes, 2 CPU cores: <= 1.60 nats/token (entropy 0.91)
+    python sdd.py                8 minutes, 2 CPU cores: <= 1.63 nats/token (entropy 0.91)
     python sdd.py sample --prompt "Once upon a time" --n 3 --trace         32 calls, see FAST
     python sdd.py sample --infill "Once upon a ___ there was ___"
     python sdd.py eval           bounds, the truth among the candidates, infilling, few-step samples
@@ -18,7 +19,7 @@ Equations. s_i >= 0 is the precision of what is known about position i; e_v the 
           s = 0: k random tokens of 1/V each. With --state belief the k largest of softmax(net_i +
           z_i), net_i of an earlier call: candidates that suit the context
     (E4)  -log p(x_0) <= 1/2 sum_i int E |e_x - p_i|^2 ds_i for any path s_i(t) from 0 to infinity
-          that is blind to x_0, p = p(. | states); nothing to add: at s = 0 nothing is known
+          that is blind to x_0 and any p_i made of z; nothing to add: at s = 0 nothing is known
     (E5)  every position has its own time, t_i = clamp((t - tau_i) / w, 0, 1), s_i = s(t_i) falls
           from infinity to 0; w = 1: all alike; w -> 0: masked diffusion in random order
     (E6)  p_i = softmax(net_i + z_i): own evidence exactly, context from the network, which sees

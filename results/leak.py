@@ -28,7 +28,7 @@ CASES = {  # name: what is changed
     "evidence": {},
     **{f"evidence, {size}": flags for size, flags in SIZES.items() if flags},
 }
-SETTINGS = [(16, 0.3), (16, 0.7), (16, 1.0), (64, 0.7)]  # steps, temperature
+SETTINGS = [(16, 0.3), (16, 0.7), (16, 1.0), (32, 0.7)]  # steps, temperature
 TARGET = Path(__file__).with_suffix(".json")
 N = 32
 
@@ -37,7 +37,7 @@ def among(model, cfg, x0, g):
     """Share of open positions whose truth is among the candidates when 1/16, 3/16 ... 15/16 of the
     path are ahead: in training the truth of x0 (B, T), in sampling what the position becomes."""
     times, trained, drawn, trace = [(2 * k + 1) / 16 for k in range(8)], [], [], []
-    x, _ = sdd.sample(model, dataclasses.replace(cfg, sampling_steps=64), len(x0), g, trace=trace)
+    x, _ = sdd.sample(model, dataclasses.replace(cfg, sampling_steps=16), len(x0), g, trace=trace)
     for t in times:
         here = torch.full((len(x0), 1), t)
         if cfg.process == "original":
@@ -48,7 +48,7 @@ def among(model, cfg, x0, g):
             ids, _ = sdd.states(x0, s, z, cfg.k, cfg.vocab_size)
         open_ = (s > 0) & (s < sdd.SURE)
         trained.append((ids == x0[..., None]).any(2)[open_].double().mean().item())
-        _, _, s, ids, _ = trace[round((1 - t) * 64)]
+        _, _, s, ids, _ = trace[round((1 - t) * 16)]
         open_ = (s > 0) & (s < sdd.SURE) if cfg.process == "evidence" else s >= 0
         drawn.append((ids == x[..., None]).any(2)[open_].double().mean().item())
     return dict(t=times, training=trained, sampling=drawn)
@@ -59,7 +59,7 @@ def run(name, changed, judge):
     out = Path("out") / ("leak_" + "".join(c if c.isalnum() else "_" for c in name))
     if (out / "row.json").exists():
         return json.loads((out / "row.json").read_text())
-    cfg = sdd.Config(out=str(out), **BUDGET, **changed)
+    cfg = sdd.Config(out=str(out), **BUDGET, **changed, resume=(out / "state.pt").exists())
     model, tokenizer = sdd.train(cfg), sdd.open_data(cfg.data_dir).tokenizer
     x0, row = sdd.get_eval_rows("val", cfg, N)[0], dict(name=name, changed=changed, samples=[])
     with common.precision(torch.device("cpu"), cfg.dtype)[0]:
