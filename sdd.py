@@ -132,6 +132,9 @@ class Config:
                 raise ValueError(f"--curriculum is like 1,2,4,8: '{size}' candidates cannot be")
         if not 0 < self.window <= 1:
             raise ValueError(f"--window is {self.window}, it must be more than 0 and at most 1")
+        if self.state == "belief" and self.skip == "state":
+            raise ValueError("candidates of --state belief suit the context and are no evidence: "
+                             "--skip state would count it twice, use --skip evidence")
         if self.process == "original" and (self.prompt or self.infill or self.guidance):
             raise ValueError("--process original is a diagnosis and takes no --prompt, --infill or "
                              "--guidance")

@@ -46,9 +46,9 @@ def settings(V=4, T=2, **changes):
     """Every field of a Config that these tests depend on; all tokens are candidates."""
     return dict(vocab_size=V, seq_len=T, rows="stream", eos=0, bos=0, seed=1, n_layer=1, n_head=2,
                 n_embd=16, lr=6e-3, warmup=50, steps=1600, process="evidence", k=V, curriculum="",
-                attention="pooled", window=1.0, schedule="rational", loss="ce", skip="evidence",
-                prefix=0.0, swap=0.95, sampler="token", clock="random", sampling_steps=0,
-                guidance=0.0, temperature=1.0, top_k=0, top_p=1.0) | changes
+                state="evidence", attention="pooled", window=1.0, schedule="rational", loss="ce",
+                skip="evidence", prefix=0.0, swap=0.95, sampler="token", clock="random",
+                sampling_steps=0, guidance=0.0, temperature=1.0, top_k=0, top_p=1.0) | changes
 
 
 def believed(ids, logp, V):

@@ -305,7 +305,7 @@ def test_eval_of_sdd_writes_its_own_rows_and_two_figures(home, cli, tmp_path):
 
 @pytest.mark.parametrize("flags", [
     "--attention full --k 3 --schedule rational --skip state --prefix 0.5",
-    "--curriculum 1,2,4 --window 1 --loss elbo", "--k 300 --skip none"])
+    "--curriculum 1,2,4 --window 1 --loss elbo", "--k 300 --skip none", "--state belief"])
 def test_every_variant_of_sdd_trains_samples_and_evaluates(flags, home, cli, tmp_path):
     out = tmp_path / "run"
     for command in ([], ["sample", "--infill", "a ___ b", "--clock", "random", "--guidance", "1"],
@@ -342,6 +342,7 @@ def test_the_original_process_shows_a_leak_and_no_likelihood(home, cli, tmp_path
     ("--window 0", "--window is 0.0, it must be more than 0 and at most 1"),
     ("--k 0", "--k is 0, it must be at least 1"), ("--swap 2", "--swap is 2.0, it must be"),
     ("--curriculum 1,two", "'two' candidates cannot be"),
+    ("--state belief --skip state", "would count it twice, use --skip evidence"),
     ("--prefix 2", "--prefix is 2.0, it must be at most 1")])
 def test_what_candidates_cannot_be_is_refused(flags, sentence, home, cli, tmp_path):
     code, _, err = cli(sdd, "--data", home / "small.txt", *TINY, "--out", tmp_path / "run",

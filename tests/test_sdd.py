@@ -345,6 +345,43 @@ def test_evidence_is_added_where_it_was_measured(skip):
     assert (bare - logits).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("skip", ["evidence", "none"])
+def test_a_belief_holds_the_top_of_what_the_network_said(skip):
+    """(E3) state belief: the candidates of open positions are the top of softmax(net + z), net of a
+    first call that saw the evidence's candidates, or of an earlier one, `past`; all else stays, own
+    evidence too; nobody learns through the first call."""
+    V, k, T, g = 11, 3, 5, generator(1)
+    cfg = config(V, T, k=k, state="belief", skip=skip)
+    model, seen = shaken(network(V=V, T=T, k=k)), []
+    model.register_forward_hook(lambda m, args, out: seen.append((args, out)))
+    s = torch.tensor([[0.0, 2.0, SURE, 5.0, 1.0], [7.0, SURE, 0.0, 3.0, 0.0]])
+    x, open = torch.randint(V, s.shape, generator=g), (s > 0) & (s < SURE)
+    z = sdd.observe(x, s, V, g)
+    where = torch.tensor([[1, 0, 0, 1, 1], [1, 0, 1, 0, 1]]).bool()
+    logits, own = sdd.predict(model, x, s, z, where, cfg)
+    ((ids, logp, asked), first), ((now, told, wanted), net) = seen
+    plain = sdd.states(x, s, z, k, V)
+    assert torch.equal(asked, open) and torch.equal(wanted, where)
+    assert not torch.equal(now, plain[0])  # the context has a say
+    want = [sdd.sparse(first + z, k), sdd.sparse(z, k)]
+    for got, (a, b) in zip(((now, told), (plain[0], plain[1])), want):
+        assert torch.equal(got[0][open], a) and torch.equal(got[1][open], b)
+        assert torch.equal(got[0][~open], plain[0][~open])
+        assert torch.equal(got[1][~open], plain[1][~open])
+    assert not first.requires_grad and logits.requires_grad and torch.equal(logits, net + own)
+    full = torch.zeros(2, T, V)
+    full[open] = z if skip == "evidence" else 0 * z
+    assert torch.equal(own, full[where])
+    seen.clear()
+    past = 3 * torch.randn(z.shape, generator=g)
+    sdd.predict(model, x, s, z, where, cfg, None, past)
+    ((now, told, _), _), = seen
+    assert all(torch.equal(a[open], b) for a, b in zip((now, told), sdd.sparse(past + z, k)))
+    seen.clear()
+    sdd.predict(model, x, torch.where(open, SURE, s), z[:0], where, cfg)
+    assert len(seen) == 1  # nothing is open
+
+
 # ---- the bound of a fresh network (init identity)
 
 
@@ -352,7 +389,8 @@ FRESH = [dict(V=2, window=1.0), dict(V=4, window=0.2), dict(V=28, k=1, window=1.
          dict(V=28, k=5, window=0.1, schedule="exponential", attention="full"),
          dict(V=28, k=28, window=1.0, schedule="exponential", skip="state"),
          dict(V=3, k=99, window=0.3, skip="state", attention="full"),
-         dict(V=500, k=8, window=0.3, schedule="exponential")]
+         dict(V=500, k=8, window=0.3, schedule="exponential"),
+         dict(V=28, k=3, window=0.5, state="belief")]
 
 
 @pytest.mark.parametrize("kind", FRESH, ids=lambda k: " ".join(map(str, k.values())))
@@ -399,14 +437,14 @@ def test_precision_runs_from_nothing_to_sure():
         assert close(nats, 3 * SURE * 0.5 * (1 - 1 / 3), 4) and nats.std() < nats.mean()
 
 
-@pytest.mark.parametrize("k", [2, 5])
-def test_a_fresh_network_biased_to_frequencies_pays_their_cross_entropy(k):
+@pytest.mark.parametrize("k,state", [(2, "evidence"), (5, "evidence"), (2, "belief")])
+def test_a_fresh_network_biased_to_frequencies_pays_their_cross_entropy(k, state):
     """(E4) (E8) net = log p: -log p(x0) for every row of tokens, as the exact posterior of
     independent tokens; window, schedule, k and number of steps do not matter."""
     p = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
     x0 = torch.multinomial(p, 512 * 6, True, generator=generator(1)).view(512, 6)
     for window, schedule in ((1.0, "rational"), (0.3, "rational"), (0.5, "exponential")):
-        wide = dict(V=5, T=6, k=k, window=window, schedule=schedule)
+        wide = dict(V=5, T=6, k=k, state=state, window=window, schedule=schedule)
         cfg, model = config(**wide), network(**wide)
         model.head.bias.data = sdd.CAP * (p.log() / sdd.CAP).atanh()
         truth = -p.log()[x0].sum(1).double()
@@ -675,7 +713,7 @@ def test_the_elbo_loss_is_the_bound_per_token(window, schedule):
 
 @pytest.mark.parametrize("kind", [dict(loss="ce"), dict(loss="elbo", window=0.4),
                                   dict(loss="ce", prefix=0.6, window=0.3, attention="full"),
-                                  dict(process="original")], ids=str)
+                                  dict(state="belief"), dict(process="original")], ids=str)
 def test_shares_of_a_batch_average_to_its_loss(kind):
     """The same noise for the whole batch, whoever works on which rows; gradients as well."""
     wide = dict(V=7, T=5, k=3, schedule="exponential") | kind
@@ -801,18 +839,19 @@ def test_the_original_process_has_no_likelihood():
     dict(curriculum="1,x"), dict(curriculum="2,0"), dict(curriculum="4,-1"), dict(window=0.0),
     dict(window=1.1), dict(window=-0.1), dict(eval_samplers="token,euler"),
     dict(process="original", prompt="Once"), dict(process="original", infill="a ___"),
-    dict(process="original", guidance=1.0)], ids=str)
+    dict(process="original", guidance=1.0), dict(state="belief", skip="state")], ids=str)
 def test_what_cannot_work_is_refused_in_one_sentence(bad):
     with pytest.raises(ValueError) as error:
         config(**bad)
     text = str(error.value)
-    assert "--" in text and "\n" not in text and ". " not in text and len(text) < 130
+    assert "--" in text and "\n" not in text and ". " not in text and len(text) < 160
 
 
 @pytest.mark.parametrize("good", [
     dict(window=1.0), dict(k=99), dict(curriculum="8"), dict(curriculum="1,2,4,8"),
     dict(swap=0.0), dict(swap=1.0), dict(eval_samplers="deterministic"),
-    dict(process="original", k=4), dict(prompt="a", guidance=1.0)], ids=str)
+    dict(process="original", k=4), dict(prompt="a", guidance=1.0), dict(state="belief"),
+    dict(state="belief", skip="none"), dict(skip="state")], ids=str)
 def test_what_can_work_is_not_refused(good):
     config(**good)
 
@@ -1014,8 +1053,9 @@ def test_all_precisions_are_finite_forward_and_backward(attention):
     for cast in (False, True):
         model, total = shaken(network(attention=attention, **SHAPES)), 0.0
         with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-            for skip in ("evidence", "state", "none"):
-                cfg = config(**SHAPES, window=0.5, skip=skip)
+            for skip, state in (("evidence", "evidence"), ("state", "evidence"),
+                                ("none", "evidence"), ("evidence", "belief")):
+                cfg = config(**SHAPES, window=0.5, skip=skip, state=state)
                 z = sdd.observe(x0, s, 11, generator(1))
                 out, own = sdd.predict(model, x0, s, z, s < SURE, cfg)
                 assert out.dtype == own.dtype == torch.float32
@@ -1066,8 +1106,8 @@ def test_every_parameter_learns_within_a_few_steps(kind):
     assert sorted(owned) == sorted(map(id, model.parameters()))
 
 
-@pytest.mark.parametrize("kind", [dict(), dict(attention="full"), dict(loss="elbo", skip="state"),
-                                  dict(curriculum="1,3")], ids=str)
+@pytest.mark.parametrize("kind", [dict(state="belief"), dict(attention="full", curriculum="1,3"),
+                                  dict(loss="elbo", skip="state")], ids=str)
 def test_a_batch_can_be_learned_by_heart(kind):
     """Three rows: the loss falls far, the bound to near ln 3, never far below, and samples are
     those rows."""

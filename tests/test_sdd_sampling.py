@@ -460,7 +460,8 @@ def test_the_surest_position_begins(clock):
     sdd.sample(Oracle(joint.flatten(), 3, 3), cfg, 50, generator(1), trace=trace)
     s = precisions(trace)
     begun = (s > 1e-4).int().argmax(0)
-    assert (begun[:, 1] < begun[:, 2]).all() and (begun[:, 2] < begun[:, 0]).all()
+    assert (begun[:, 1] < begun[:, 0]).all() and (begun[:, 1] < begun[:, 2]).all()
+    assert clock == "revise" or (begun[:, 2] < begun[:, 0]).all()
 
 
 @pytest.mark.parametrize("window,steps", [(0.3, 30), (0.1, 16)])
@@ -559,7 +560,30 @@ def test_the_trace_shows_what_the_network_sees_and_ends_with_the_sample(k):
         assert (x[:, 0] == 2).all()
 
 
-def test_the_truth_is_always_among_all_candidates(monkeypatch):
+def test_a_belief_is_made_of_the_answer_before():
+    """(E3) state belief: one call a step; candidates are the top of z + net, net what the network
+    last said of the position; guidance and temperature are of what they were."""
+    seen, trace, predict = [], [], sdd.predict
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sdd, "predict", lambda *args: seen.append((args, predict(*args)))
+                      or seen[-1][1])
+        cfg = config(3, 3, k=2, state="belief", window=0.7, sampling_steps=12)
+        model = three(0.5)
+        x, info = sdd.sample(model, cfg, 30, generator(1), trace=trace)
+    assert info["nfe"] == len(seen) == len(model.calls) == 12
+    last = torch.zeros(30, 3, 3)
+    for (args, (out, own)), (ids, logp, where), frame in zip(seen, model.calls, trace):
+        _, _, s, z, todo, _, hide, past = args
+        open = (s > 0) & (s < SURE)
+        assert hide is None and torch.equal(past, last[open])
+        want = sdd.sparse(z + past, 2)
+        assert all(torch.equal(a[open], b) for a, b in zip((ids, logp), want))
+        assert all(torch.equal(a[open], b) for a, b in zip(frame[3:], want))
+        last[todo] = out - own
+    assert last.abs().min() > 0 and x.max() < 3
+
+
+def test_the_truth_is_always_among_all_candidates():
     """candidates(): with k = V, in training and in sampling; with k = 1 rarely where little is
     known, nearly always where much is."""
     for k in (1, 3):
@@ -593,6 +617,7 @@ def test_a_seed_fixes_the_samples():
     dict(attention="full", clock="revise", guidance=0.7), dict(sampler="deterministic", window=1.0),
     dict(attention="full", sampler="ancestral"), dict(sampler="deterministic", clock="revise"),
     dict(k=1, skip="state", clock="l2r"), dict(k=99, skip="none", temperature=0.0),
+    dict(state="belief", clock="revise", guidance=0.5),
     dict(attention="full", k=1, clock="revise"), dict(top_k=2, top_p=0.9)], ids=str)
 def test_a_network_of_the_script_samples_with_every_setting(change):
     """Ids within the vocabulary, the prompt kept, under autocast too."""
