@@ -93,8 +93,8 @@ def test_sampling_uses_the_answers_of_the_step_before():
 
 @pytest.mark.parametrize("mixture", [None, True])
 def test_the_bound_of_any_network_stays_above_the_entropy(mixture):
-    """(E4) (E8) The belief is made of evidence alone, no truth leaks: a random network on tokens that
-    are independent and uniform pays more than T ln V."""
+    """(E4) (E8) The belief is made of evidence alone, no truth leaks: a random network on tokens
+    that are independent and uniform pays more than T ln V."""
     cfg = config()
     model, x0 = network(cfg), torch.randint(V, (4000, T), generator=generator(5))
     if mixture:
