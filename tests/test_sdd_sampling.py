@@ -495,6 +495,26 @@ def test_settled_positions_give_way_to_surer_ones(window, steps):
         assert gone > 3
 
 
+def test_chance_keeps_settled_positions_by_how_sure_they_were(monkeypatch):
+    """revise: what is not settled comes first, by the largest probability; what is settled by that
+    of its token less a Gumbel variable, so that exp(-p) says how likely it is started over."""
+    p, seen, deal = torch.tensor([0.7, 0.2, 0.1]), [], sdd.deal
+    monkeypatch.setattr(sdd, "deal", lambda tau, waiting, score: seen.append(
+        (waiting, score.clone())) or deal(tau, waiting, score))
+    cfg = config(3, 20, window=0.01, clock="revise", sampling_steps=10)
+    model, trace = sdd.Model(cfg), []
+    model.head.bias.data = sdd.CAP * (p.log() / sdd.CAP).atanh()
+    x, _ = sdd.sample(model, cfg, 60, generator(1), torch.tensor([2]), trace)
+    noise = []
+    for (waiting, score), (_, ids, s, *_) in zip(seen, trace):
+        settled = (s == SURE) & waiting
+        assert not waiting[:, 0].any() and waiting[:, 1:].all()
+        assert torch.allclose(score[s == 0], 1000 + p[0])  # of a network that says the same of all
+        noise.append(p[ids[settled]] - score[settled])
+    noise = torch.cat(noise).double()
+    assert len(noise) > 3000 and stats.kstest(noise.numpy(), "gumbel_r").pvalue > 1e-3
+
+
 def test_revision_of_even_chances_stays_even():
     """(E9) where all tokens are alike by symmetry, every token is as likely at the end, whatever is
     revised; a law that is the same for every shift of the tokens keeps its even marginals."""
