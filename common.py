@@ -54,11 +54,15 @@ def run_main(main):
         sys.exit(1)
 
 
-def parse(Config, presets, argv, doc, default=None):
+def parse(Config, presets, argv, doc, default=None, read=None):
     """Command line -> Config. `--preset` chooses defaults, explicit flags win; --batch-size and
-    --batch_size are the same flag. `default` (a Config, or None) is what flags are laid over."""
-    names = [a.partition("=")[2] or b for a, b in zip(argv, argv[1:] + [""])
-             if re.fullmatch("--preset(=.*)?", a)]
+    --batch_size are the same flag. `default` (a Config, or None) is what flags are laid over.
+    `read`, for scripts with --config FILE, gives the file's settings and a list of its faults."""
+    pairs = list(zip(argv, argv[1:] + [""]))
+    names, files = ([a.partition("=")[2] or b for a, b in pairs
+                     if re.fullmatch(f"--{flag}(=.*)?", a)] for flag in ("preset", "config"))
+    values, bad = read(files[-1]) if read and files else ({}, [])
+    names = names or [values[k] for k in ("preset",) if k in values]
     if default and names and names[-1] != default.preset:
         raise UserError(f"--preset {names[-1]} is for a new run; this one has {default.preset}")
     if default is None:
@@ -66,6 +70,7 @@ def parse(Config, presets, argv, doc, default=None):
         if name not in presets:
             raise UserError(f"unknown preset '{name}': choose one of {', '.join(presets)}")
         default = Config(**presets[name])
+    default = dataclasses.replace(default, **values)
     heard = io.StringIO()
     try:
         with contextlib.redirect_stderr(heard):
@@ -78,20 +83,21 @@ def parse(Config, presets, argv, doc, default=None):
         said = [" ".join(part.split()).removeprefix("Error parsing Config: ")
                 for part in re.split("[─-]{4,}", box)]
         said = [part for part in said if part and not part.startswith(("Argument", "For full"))]
-        raise UserError("; ".join(said) + "; see --help") from None
-    check(cfg)
+        raise UserError("; ".join(bad + said) + "; see --help") from None
+    check(cfg, bad)
     return cfg
 
 
-def check(cfg):
-    """Raise one UserError that lists every value of a Config that cannot work."""
+def check(cfg, bad=()):
+    """Raise one UserError that lists every value of a Config that cannot work, `bad` among them."""
     least = dict(steps=1, batch_size=1, seq_len=2, n_layer=1, n_head=1, n_embd=1, grad_accum=1, n=1,
                  eval_every=1, save_every=1, warmup=0, docs=0, vocab_size=0, sampling_steps=0,
                  grad_clip=0, ema=0, lr=0, top_k=0, temperature=0, top_p=0, threshold=0, guidance=0,
                  block=0, length=0, remask_eta=0, eval_seeds=1, emb_dim=1, emb_norm=0, anchor=0,
                  selfcond=0, prefix=0, eta=0, lam_above=0, lam_below=0, k=1, swap=0)
-    bad = [f"--{k.replace('_', '-')} is {getattr(cfg, k)}, it must be at least {v}"
-           for k, v in least.items() if hasattr(cfg, k) and not getattr(cfg, k) >= v]
+    bad = [*bad]
+    bad += [f"--{k.replace('_', '-')} is {getattr(cfg, k)}, it must be at least {v}"
+            for k, v in least.items() if hasattr(cfg, k) and not getattr(cfg, k) >= v]
     bad += [f"--{k.replace('_', '-')} is {getattr(cfg, k)}, it must be at most 1"
             for k in ("top_p", "threshold", "remask_eta", "selfcond", "prefix", "eta", "swap")
             if getattr(cfg, k, 0) > 1]
@@ -110,6 +116,7 @@ def check(cfg):
             bad.append(f"--log knows tensorboard and wandb, not {name}")
         elif importlib.util.find_spec(name) is None:
             bad.append(f"--log {name} needs: pip install {name}")
+    bad += cfg.problems() if hasattr(cfg, "problems") else []  # of this method
     if bad:
         raise UserError("; ".join(bad))
 
@@ -353,8 +360,10 @@ class Run:
                      tokenizer=tokenizer.fingerprint)
         replace(self.out / "tokenizer.json", lambda p: p.write_text(json.dumps(tokenizer.spec)))
         replace(self.out / "config.json", lambda p: p.write_text(
-            json.dumps(dict(config=dataclasses.asdict(self.cfg), run=facts), indent=1)))
-        replace(self.out / "model.safetensors", lambda p: save_file(ema.state_dict(), p))
+            json.dumps(dict(getattr(ema, "card", {}), config=dataclasses.asdict(self.cfg),
+                            run=facts), indent=1)))
+        replace(self.out / "model.safetensors", lambda p: save_file(
+            ema.state_dict(), p, {"format": "pt"}))
         state = dict(step=step, model=model.state_dict(), ema=ema.state_dict(), g=g.get_state(),
                      optimizers=[optimizer.state_dict() for optimizer in optimizers])
         replace(self.out / "state.pt", lambda p: torch.save(state, p))
@@ -613,10 +622,10 @@ def settling(trace, tokenizer, positions=6, frames=5, width=100):
     return "\n".join(text)
 
 
-def _axes(width, height, panels=1):
+def _axes(width, height, panels=1, sharex=True):
     from matplotlib.figure import Figure  # without pyplot: a notebook keeps its own settings
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
-    return figure, figure.subplots(panels, 1, sharex=True)
+    return figure, figure.subplots(panels, 1, sharex=sharex)
 
 
 def plot_loss(path, rows):
@@ -697,8 +706,8 @@ def plot_noise(path, lam, alone, info, schedules, cfg, what="tokens", axis="log-
     replace(path, lambda p: figure.savefig(p, format="png"))
 
 
-def plot_quality(path, rows, real, key="order"):
-    """quality.png: quality and diversity of samples against network calls, a line per `key` (mean
+def plot_quality(path, rows, real, key="order", cost="nfe", what="network calls"):
+    """quality.png: quality and diversity of samples against their `cost`, a line per `key` (mean
     and range over seeds); dashed: real documents. rows: `samples` rows of the log."""
     names = {"valid": "share valid", "known": "share of known sentences",
              "judge": "nats/token, by ar.py", "entropy": "unigram entropy, nats"}
@@ -709,7 +718,7 @@ def plot_quality(path, rows, real, key="order"):
         for line in dict.fromkeys(row[key] for row in rows):
             points = {}
             for row in (row for row in rows if row[key] == line):
-                points.setdefault(row["sampling_steps"], []).append((row["nfe"], row[name]))
+                points.setdefault(row["sampling_steps"], []).append((row[cost], row[name]))
             x = [sum(n for n, _ in p) / len(p) for p in points.values()]
             y = [[v for _, v in p] for p in points.values()]
             drawn, = axes.plot(x, [sum(v) / len(v) for v in y], marker="o", ms=4, label=line)
@@ -721,8 +730,29 @@ def plot_quality(path, rows, real, key="order"):
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=8, ncols=3)
-    panels[0].set_title(f"{path.parent.name}: samples of few calls")
-    panels[-1].set_xlabel("network calls")
+    panels[0].set_title(f"{path.parent.name}: what samples cost")
+    panels[-1].set_xlabel(what)
+    replace(path, lambda p: figure.savefig(p, format="png"))
+
+
+def plot_lengths(path, curves, eos):
+    """length.png. Top: how much too long a canvas is against how often it holds the document, of
+    the model and of the training lengths alone (curves: lists of rows of judge_law). Bottom: how
+    often the EOS is found, by the share of text revealed, with and without visible PADs."""
+    figure, (top, bottom) = _axes(7, 6, 2, sharex=False)
+    for rows, label in zip(curves, ("model, from its first call", "training lengths alone")):
+        top.plot([r["coverage"] for r in rows], [r["looseness"] for r in rows], marker="o", ms=4,
+                 label=label)
+    top.set(xlabel="share of documents that fit their canvas", ylabel="tokens too long, mean")
+    for pads in (False, True):
+        part = [row for row in eos if row["pads"] == pads]
+        bottom.plot([r["revealed"] for r in part], [r["position"] for r in part], marker="o", ms=4,
+                    ls="--" if pads else "-", label="PADs visible too: a leak" if pads else
+                    "only text visible")
+    bottom.set(xlabel="share revealed", ylabel="EOS is found", ylim=(-0.02, 1.02))
+    for axes in (top, bottom):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
     replace(path, lambda p: figure.savefig(p, format="png"))
 
 
