@@ -161,8 +161,6 @@ class Config:
             (self.block < 1, f"--block is {self.block}, it must be at least 1"),
             (self.max_new_tokens > self.seq_len, f"--max-new-tokens {self.max_new_tokens} is more "
              f"than a row, {self.seq_len}"),
-            (self.sampling_steps > (self.max_new_tokens or self.seq_len), "--sampling-steps "
-             f"{self.sampling_steps} is more than the tokens to write"),
             (self.quota == "ancestral" and not self.sampling_steps, "--quota ancestral needs "
              "--sampling-steps"),
             (self.quota == "ancestral" and self.canvas in ("law", "block"), "--quota ancestral "
@@ -593,8 +591,11 @@ def corrupt(x, cfg, g):
     return x.masked_fill(is_mask, V + 1), is_mask, maskable, level
 
 
+# The arm pipeline corrupts nothing: its inputs are the clean tokens, shifted by one.
+
+
 def charged(x0, cfg):
-    """What the causal parent pays for: up to and including the first EOS of a document row (the
+    """Which positions cost something: up to and including the first EOS of a document row (the
     tail is certain), every position of a window.  # (B, T) bool"""
     if cfg.rows != "docs":
         return torch.ones_like(x0, dtype=torch.bool)
@@ -684,9 +685,9 @@ def loss_fn(model, x0, cfg, g, rows=slice(None)):
     # 5. rows that hide everything after their prompt teach the length head
     if cfg.head != "marginal":
         m = (~is_mask).cumprod(1).sum(1)
-        whole = m + is_mask.sum(1) == x.shape[1]
-        told = law_of_head(model, h[whole], m[whole], cfg)
-        told = told.gather(1, lengths(x[whole], cfg)[:, None])
+        L = lengths(x, cfg)
+        whole = (m + is_mask.sum(1) == x.shape[1]) & (m <= L)
+        told = law_of_head(model, h[whole], m[whole], cfg).gather(1, L[whole, None])
         loss = (0.0 if cfg.freeze else loss) - told.sum() / B
     end = (x == cfg.eos) & (cfg.rows == "docs")
     info = {name: part[which].sum().item() / B for name, which in dict(
@@ -972,8 +973,9 @@ def get_lr(step, cfg):
 
 def make_optimizers(model, cfg):
     """Muon for the matrices inside the blocks, AdamW for the rest. A group's rate is `scale` times
-    the scheduled one: embeddings want ten times as much, gains three (see LOG.md). Or, for large
-    checkpoints, AdamW with one rate for all, as in Gong et al. 2024 (appendix B)."""
+    the scheduled one: gains and biases want three times as much, the embedding, which is the head
+    too, no more than the rest (see LOG.md). Or, for large checkpoints, AdamW with one rate for
+    all, as in Gong et al. 2024 (appendix B)."""
     if cfg.optimizer == "adamw":
         return [torch.optim.AdamW([dict(params=list(model.parameters()), scale=1.0)], cfg.lr,
                                   betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)]
@@ -983,11 +985,8 @@ def make_optimizers(model, cfg):
     rest = [p for p in model.parameters() if id(p) not in apart]
     return [torch.optim.Muon([dict(params=hidden, scale=1.0)], cfg.lr, weight_decay=0.05,
                              adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW([dict(params=embed, scale=EMBED), dict(params=rest, scale=3.0)],
+            torch.optim.AdamW([dict(params=embed, scale=1.0), dict(params=rest, scale=3.0)],
                               cfg.lr, betas=(0.9, 0.98), weight_decay=0.0)]
-
-
-EMBED = float(__import__("os").environ.get("EMBED", 10))
 
 
 def at_step(cfg, step):
@@ -1371,7 +1370,9 @@ def have_parent(cfg):
     if cfg.pipeline == "arm" or cfg.init_from != "parent" or cfg.parent:
         return
     mine, aside = parent_of(cfg), ("out", "resume", "log", "compile", "config", "data_dir")
-    folder = Path(mine.out)
+    folder, made = Path(mine.out), 0
+    with common.Run(cfg, cfg.out or f"out/{NAME}", training=False):
+        pass  # stage 2 will be able to write
     print(f"stage 1 of 3: a causal parent, {mine.steps} steps, in {folder}", flush=True)
     with common.Run(mine, folder, training=False) as run:
         fill_in(mine, run.rank)
@@ -1380,8 +1381,6 @@ def have_parent(cfg):
             made = json.loads((folder / "config.json").read_text())["run"]["step"]
             if all(theirs[k] == v for k, v in dataclasses.asdict(mine).items() if k not in aside):
                 mine.resume = True
-        else:
-            made = 0
     if mine.resume and made == mine.steps:
         return print("it is there already")
     train(mine)

@@ -18,13 +18,14 @@ import torch
 import ar
 import bit_diffusion
 import common
+import diffugpt_varlen
 import dit_embed
 import mdlm
 import sdd
 from data import prepare, tales
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [ar, mdlm, dit_embed, bit_diffusion, sdd]
+SCRIPTS = [ar, mdlm, dit_embed, bit_diffusion, sdd, diffugpt_varlen]
 both = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.NAME)
 TINY = ("--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --seq-len 32 --batch-size 4 --steps 4 "
         "--warmup 1 --eval-every 2 --save-every 2 --device cpu --dtype float32").split()
@@ -43,8 +44,9 @@ def home(tmp_path_factory):
         patch.setenv("TEXT_DIFFUSION_CACHE", str(home / "cache"))
         for script in SCRIPTS:
             with pytest.raises(SystemExit) as stop:
+                few = ["--parent-steps", "4"] if script is diffugpt_varlen else []
                 patch.setattr(sys, "argv", [f"{script.NAME}.py", "--data", str(home / "small.txt"),
-                                            *TINY, "--out", str(home / script.NAME)])
+                                            *TINY, *few, "--out", str(home / script.NAME)])
                 common.run_main(script.main)
             assert not stop.value.code
         yield home
@@ -101,7 +103,8 @@ def test_help_shows_every_field_with_its_help_text(script, command, cli):
 def test_every_flag_has_two_spellings(script):
     for field in dataclasses.fields(script.Config):
         value = getattr(script.Config(), field.name)
-        if field.name in ("preset", "log", "curriculum"):  # refuse most words
+        if field.name in ("preset", "log", "curriculum", "bench", "pad_masked_perc", "p_pin",
+                          "freeze"):  # refuse most words, or need others
             continue
         for name in {field.name, field.name.replace("_", "-")}:
             if isinstance(value, bool):
@@ -383,7 +386,8 @@ def test_sample_fills_holes_and_keeps_the_rest(script, home, cli):
 @pytest.mark.parametrize("script, change", [
     (mdlm, dict(order="l2r", remask="none")), (dit_embed, dict(clock="l2r", sampling_steps=3)),
     (bit_diffusion, dict(clock="l2r", sampling_steps=3)),
-    (sdd, dict(clock="l2r", sampling_steps=3))],
+    (sdd, dict(clock="l2r", sampling_steps=3)),
+    (diffugpt_varlen, dict(order="l2r", sampling_steps=3))],
     ids=lambda p: getattr(p, "NAME", ""))
 def test_sample_is_fast_unless_told_otherwise(script, change, home, cli, tmp_path):
     """FAST holds for sample where neither the run nor the command line says something else."""
@@ -587,7 +591,7 @@ def test_a_checkpoint_of_other_settings_is_refused(script, line, sentence, home,
 @both
 @pytest.mark.parametrize("command", ["sample", "eval", "--resume"])
 def test_a_checkpoint_of_another_script_is_refused(script, command, home, cli):
-    other = home / (mdlm if script is ar else ar).NAME
+    other = home / (mdlm if script in (ar, diffugpt_varlen) else ar).NAME
     before = contents(other)
     code, _, err = cli(script, command, "--out", other)
     assert "was it written by another method" in one_sentence(code, err)
