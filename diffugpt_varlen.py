@@ -101,16 +101,16 @@ class Config:
     parent_steps: int = 500  # optimizer steps of that training
     shift: bool = True  # the output before a position predicts it (E2), as in the parent
     attn_ratio: float = 1.0  # share of later positions that attention sees (E8)
-    attn_annealing_steps: int = 150  # steps in which that rises from 0
+    attn_annealing_steps: int = 100  # steps in which that rises from 0
     mask_id: int = -1  # token whose vector the mask starts from; -1 = the checkpoint's, or the mean
     pad_masked_perc: float = -1.0  # share of PAD among masks; -1 = natural, else PADs are shown
     pad_annealing_steps: int = 0  # steps in which that share rises from 0
     pad_weight: float = 1.0  # weight of PAD in the loss; 1 = the bound
-    p_cond: float = 0.25  # share of rows that begin with a prompt, never masked
-    p_tail: float = 0.25  # share of rows with a prompt and everything after it masked
+    p_cond: float = 0.1  # share of rows that begin with a prompt, never masked
+    p_tail: float = 0.1  # share of rows with a prompt and everything after it masked
     tail_annealing_steps: int = 0  # steps in which that share rises from 0
     p_pin: float = 0.0  # share of rows like these that show where the EOS stands
-    crop: float = 0.5  # share of batches cut at a random length (E6)
+    crop: float = 0.25  # share of batches cut at a random length (E6)
     head: Literal["marginal", "hazard", "pointer"] = "marginal"  # what tells the length
     freeze: bool = False  # train that head only
     optimizer: Literal["muon", "adamw"] = "muon"  # adamw: one rate for all, for large checkpoints

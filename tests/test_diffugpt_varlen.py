@@ -146,11 +146,11 @@ def gpt_config(**changes):
     return config(**(dict(vocab_size=V, eos=10, bos=10, seq_len=T, n_embd=16) | changes))
 
 
-def gpt2(rows=V, seed=0):
+def gpt2(rows=V, places=T + 3, seed=0):
     """A GPT2LMHeadModel of transformers, every parameter N(0, 0.3^2), all of them exact in fp16."""
     transformers = pytest.importorskip("transformers")
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=rows, n_positions=T + 3, n_embd=16, n_layer=2, n_head=2, bos_token_id=10,
+        vocab_size=rows, n_positions=places, n_embd=16, n_layer=2, n_head=2, bos_token_id=10,
         eos_token_id=10)).eval().requires_grad_(False)
     g = generator(seed)
     for p in model.parameters():
@@ -203,14 +203,15 @@ def with_data(monkeypatch, tokenizer=TOY, **splits):
 def test_our_network_is_the_gpt2_of_transformers(causal, shift):
     """(E2) Logits with the causal mask and without any are equal to 1e-5; column i is what their
     model says at the input before token i, or with no shift at token i."""
-    model = gpt2(V + 2)
+    model = gpt2(V + 2, T + 1)
     ours = script.Model(gpt_config(shift=shift), tensors_of(model))
     ids = torch.randint(V + 2, (5, T), generator=generator(1))
     got = ours(ids, seen=script.sees(T + 1, 0.0 if causal else 1.0))
     want = says(model, ids, causal=causal)[:, :-1] if shift else says(model, ids, causal=causal)[
         :, 1:]
     assert got.shape == (5, T, V + 1)  # PAD may be said, M never
-    assert (got - want[..., :V + 1]).abs().max() <= 1e-5 and want.abs().max() > 1
+    assert (got - want[..., :V + 1]).abs().max() <= 1e-5
+    assert (got - ours(ids, seen=script.sees(T + 1, float(causal)))).abs().max() > 0.01
     where = torch.rand(5, T, generator=generator(2)) < 0.4
     assert torch.allclose(ours(ids, where, script.sees(T + 1, float(not causal))), got[where],
                           atol=1e-5)
@@ -368,6 +369,9 @@ def test_mask_and_pad_are_new_rows_of_the_embedding(tmp_path, theirs, monkeypatc
         got = rows(mask_id=mask_id)
         assert got.shape == (V + 2, 16) and torch.equal(got[:V], table)
         assert torch.equal(got[V], table.mean(0)) and torch.equal(got[V + 1], want)
+    for other in (-1, V, V + 7):  # no row of theirs
+        path = write(tmp_path / "other", base, n_head=2, pad_token_id=other)
+        assert torch.equal(rows(init_from=path)[V], table.mean(0))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(script.MASK_IDS, "diffugpt-s", 7)
     assert torch.equal(rows(init_from="diffugpt-s")[V + 1], table[7])
@@ -452,10 +456,9 @@ def test_museum_a_load_that_is_not_strict(tmp_path):
         folder = write(tmp_path / "run", tensors)
         with pytest.raises(UserError, match="does not fit this model"):
             common.load_weights(script.Model(cfg), folder)
+    for tensors in (rename(state, "ln_1", "ln"), {name: state[name].t()}):
         with pytest.raises(RuntimeError):
-            script.Model(cfg, tensors)if set(tensors) - set(state) or tensors.get(
-                name, state[name]).shape != state[name].shape else script.Model(cfg).load_state_dict(
-                    tensors)
+            script.Model(cfg, tensors)
 
 
 # ---- 2. who sees whom
@@ -622,7 +625,7 @@ def test_a_model_that_knows_nothing_pays_for_every_position_alike(rows):
     arm = dataclasses.replace(cfg, pipeline="arm")
     nats, _ = script.nelbo(uniform(arm), x0, arm, generator(0))
     count = torch.tensor([1, 3, 6, 6] if rows == "docs" else [6, 6, 6, 6])
-    assert torch.allclose(nats, count * math.log(3.0), atol=1e-5)
+    assert torch.allclose(nats, count.double() * math.log(3), atol=1e-5)
     loss, _ = script.loss_fn(uniform(arm), x0, arm, generator(0))
     assert loss.item() == pytest.approx(math.log(3), abs=1e-5)
 
@@ -646,7 +649,7 @@ def test_the_loss_is_the_bound_per_position(weight):
         got = torch.tensor([info[name] for _, info in draws])
         assert near(got, truth) or truth == got.abs().max() == 0
     info = draws[0][1]
-    total = len(x0) * sum(info.values()) / (250 - (1 - weight) * 50 * pads)
+    total = 3 * sum(info.values()) / (15 - (1 - weight) * pads)
     assert draws[0][0].item() == pytest.approx(total, rel=1e-5)
 
 
@@ -685,7 +688,7 @@ def test_a_cut_only_cuts():
     cfg = config(seq_len=12, crop=1.0)
     model, x0 = Spy(network(cfg)), documents(cfg, 3, 9, 12, 0)
     x, widths = script.canvas_of(x0, cfg), []
-    for seed in range(400):
+    for seed in range(300):
         script.loss_fn(model, x0, cfg, generator(seed))
         xt = model.given[-1][0]
         n = xt.shape[1]
@@ -694,10 +697,10 @@ def test_a_cut_only_cuts():
     counts = torch.tensor(widths).bincount(minlength=13)
     assert counts[:5].sum() == 0 and chi_square(counts[5:], torch.ones(8) / 8) > 1e-3
     some = dataclasses.replace(cfg, crop=0.25)
-    for seed in range(400):
+    for seed in range(300):
         script.loss_fn(model, x0, some, generator(seed))
-    whole = sum(idx.shape[1] == 12 for idx, _ in model.given[400:])
-    assert share_is(whole, 0.75 + 0.25 / 8, 400)
+    whole = sum(idx.shape[1] == 12 for idx, _ in model.given[300:])
+    assert share_is(whole, 0.75 + 0.25 / 8, 300)
 
 
 def test_the_causal_likelihood_is_exact_and_free_after_the_eos():
@@ -862,16 +865,12 @@ def test_museum_only_pads_were_masked():
     text = x < 49
     assert maskable[text].all() and 0.4 < is_mask[text].float().mean() < 0.7
     assert (x[is_mask] < 49).any() and (x[is_mask] == 50).any()
-    cfg = config(seq_len=5)
-    row = torch.tensor([[0, 1, 1, 2, 2]])
-    for _ in range(10):
-        model = clock(cfg, [0, 1, 1, 2, 3], 0)
-        where = torch.tensor([[False, True, False, True, True]])
-        model.transformer.wpe[torch.tensor(0)] if False else None
-        nats, _ = script.nelbo(model, row, cfg, generator(_), 3, where)
-        wrong = clock(cfg, [0, 0, 1, 0, 0], 0)  # wrong where it is frozen
-        other, _ = script.nelbo(wrong, row, cfg, generator(_), 3, where)
-        assert nats.item() < 0.01 and other.item() < 0.01
+    cfg, row = config(seq_len=5), torch.tensor([[0, 1, 1, 2, 2]])
+    wrong = clock(cfg, [0, 0, 1, 0, 0], 0)
+    shown = torch.tensor([[False, True, False, True, True]])  # it is wrong there
+    for seed in range(10):
+        assert script.nelbo(wrong, row, cfg, generator(seed), 3, shown)[0].item() < 0.01
+        assert script.nelbo(wrong, row, cfg, generator(seed), 3, ~shown)[0].item() > 1
 
 
 def test_museum_the_reciprocal_of_a_reciprocal():
@@ -1096,7 +1095,7 @@ def test_the_law_of_a_length_head(head):
         assert torch.allclose(logp[k], brute[k], atol=1e-5)
     want = torch.autograd.grad(-sum(brute[k][L[k]] for k in range(5)), parts)
     for a, b in zip(got, want):
-        assert a.isfinite().all() and torch.allclose(a, b, atol=1e-4) and b.abs().max() > 0.1
+        assert a.isfinite().all() and torch.allclose(a, b, atol=1e-4) and b.abs().max() > 0.01
 
 
 @HEADS
@@ -1207,7 +1206,7 @@ def test_eos_never_wins_though_the_law_is_exact(monkeypatch):
     at = oracle()(torch.full((1, 6), 4))[0]
     assert not (at.argmax(1) == 2).any()
     assert eos[0.9, True]["position"] > eos[0.9, False]["position"]
-    assert eos[1.0, True]["position"] == eos[1.0, True]["token"] == 1  # two neighbours: a leak
+    assert eos[1.0, True]["position"] == 1 and eos[1.0, True]["token"] > 0.9  # a leak
     one = Oracle(rows[20:21], torch.ones(1), outputs=4)
     patched_rows(monkeypatch, rows[20:21].masked_fill(rows[20:21] == 3, 2), range(7))
     assert script.length_report(one, cfg, n=1)[2][1]["token"] == 1  # it wins where L is sure
@@ -1233,7 +1232,7 @@ def test_a_law_is_judged_by_hand():
     wrong = script.judge_law(sure.clamp(min=-20), torch.tensor([3, 4, 5]), config(q=0.9))
     assert (wrong["coverage"], wrong["looseness"]) == pytest.approx((2 / 3, -1 / 3))
     assert wrong["distance"] == pytest.approx(1 / 3) and wrong["nats"] == pytest.approx(20 / 3)
-    p = torch.tensor([0.1, 0.2, 0.3, 0.2, 0.1, 0.1]).log().repeat(2, 1)
+    p = torch.tensor([0.1, 0.2, 0.3, 0.2, 0.1, 0.1]).double().log().repeat(2, 1)
     L = torch.tensor([1, 4])
     for q, canvas in ((0.1, 0), (0.3, 1), (0.31, 2), (0.6, 2), (0.8, 3), (0.9, 4), (0.95, 5)):
         got = script.judge_law(p, L, config(q=q))
@@ -1373,6 +1372,19 @@ def test_a_perfect_model_gets_every_item_right(order, tmp_path):
             names)
         assert row[names[0]] == row[names[1]] == 1
         assert row[f"{names[0]}_interval"] == pytest.approx(script.wilson(3, 3))
+
+
+@pytest.mark.parametrize("quota", ["even", "ancestral"])
+def test_a_benchmark_writes_one_token_a_call(quota, tmp_path):
+    """Whatever quota, steps and canvas samples have: a call for each hole of the oracle's word, and
+    one for each of the six that are free."""
+    path = tmp_path / "items"
+    path.write_text(SENTENCES[0])
+    cfg = bench_config(bench=f"cloze:{path}", quota=quota, sampling_steps=5, canvas="pin",
+                       max_new_tokens=2)
+    model = Spy(reader(cfg))
+    script.bench(model, cfg, Letters())
+    assert len(model.given) == 4 + 6
 
 
 def test_a_model_that_is_wrong_gets_nothing_right(tmp_path):
@@ -1529,6 +1541,7 @@ def test_a_wrong_value_in_the_file_is_named(name, value, fragment, tmp_path):
     path.write_text(json.dumps({name: value}))
     values, bad = script.read_config(path)
     assert values == {} and len(bad) == 1 and fragment in bad[0] and name in bad[0]
+    assert ("no setting" in bad[0]) == (name == "frobnicate")
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", "7", "", '{"a" 1}'])
@@ -1579,7 +1592,7 @@ WRONG = [  # settings that cannot work and what is said of them
     (dict(attn_ratio=1.5), "--attn-ratio is 1.5"), (dict(pad_weight=-1.0), "--pad-weight is -1"),
     (dict(p_cond=1.5), "--p-cond is 1.5"), (dict(p_tail=-0.1), "--p-tail is -0.1"),
     (dict(p_pin=2.0), "--p-pin is 2"), (dict(crop=1.1), "--crop is 1.1"),
-    (dict(q=1.5), "--q is 1.5, it must be 0 to 1"), (dict(q=float("nan")), "--q is nan"),
+    (dict(q=1.5), "--q is 1.5, it must be 0 to 1"), (dict(q=float("nan")), "nan, it must be 0"),
     (dict(p_cond=0.5, p_tail=0.5, p_pin=0.1), "more than 1"),
     (dict(pad_masked_perc=1.0), "must be below 1"), (dict(p_pin=0.1, rows="stream"), "--rows docs"),
     (dict(pad_masked_perc=0.1, rows="stream"), "--rows docs"),
@@ -1589,7 +1602,6 @@ WRONG = [  # settings that cannot work and what is said of them
     (dict(freeze=True), "--head hazard or pointer"), (dict(q=0.0), "must be between 0 and 1"),
     (dict(q=1.0), "must be between 0 and 1"), (dict(block=0), "--block is 0"),
     (dict(max_new_tokens=161), "--max-new-tokens 161 is more than a row, 160"),
-    (dict(sampling_steps=161), "more than the tokens to write"),
     (dict(quota="ancestral"), "needs --sampling-steps"),
     (dict(quota="ancestral", sampling_steps=8, canvas="law"), "use --canvas full, eos or pin"),
     (dict(quota="ancestral", sampling_steps=8, canvas="block"), "use --canvas full, eos or pin"),
@@ -1626,7 +1638,7 @@ def test_every_rule_is_broken_once_and_the_defaults_break_none():
     for fine in (dict(pad_masked_perc=0.0), dict(rows="stream"), dict(p_cond=0.5, p_tail=0.5),
                  dict(rows="stream", p_tail=0.0), dict(quota="ancestral", sampling_steps=8),
                  dict(freeze=True, head="pointer"), dict(pipeline="arm", init_from="scratch"),
-                 dict(bench="infill:x"), dict(sampling_steps=160, max_new_tokens=160)):
+                 dict(bench="infill:x"), dict(sampling_steps=80, max_new_tokens=20)):
         assert script.Config(**fine).problems() == [], fine
 
 
@@ -1699,6 +1711,6 @@ def test_mean_and_se_of_the_loss_do_not_depend_on_the_batch():
     """A comb of levels over one row and over many have the same mean."""
     cfg = config(seq_len=5)
     model, x0 = network(cfg, shake=0.8), documents(cfg, 3)
-    one, se = mean_and_se(lambda g: script.loss_fn(model, x0, cfg, g)[0], 1500)
-    many, se2 = mean_and_se(lambda g: script.loss_fn(model, x0.repeat(50, 1), cfg, g)[0], 30)
+    one, se = mean_and_se(lambda g: script.loss_fn(model, x0, cfg, g)[0], 400)
+    many, se2 = mean_and_se(lambda g: script.loss_fn(model, x0.repeat(40, 1), cfg, g)[0], 30)
     assert abs(one - many) < 5 * math.hypot(se, se2) and se2 < se
