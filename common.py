@@ -735,17 +735,19 @@ def plot_quality(path, rows, real, key="order", cost="nfe", what="network calls"
     replace(path, lambda p: figure.savefig(p, format="png"))
 
 
-def plot_lengths(path, curves, eos):
+def plot_lengths(path, rows):
     """length.png. Top: how much too long a canvas is against how often it holds the document, of
-    the model and of the training lengths alone (curves: lists of rows of judge_law). Bottom: how
-    often the EOS is found, by the share of text revealed, with and without visible PADs."""
+    the model and of the training lengths alone. Bottom: how often the EOS is found, by the share
+    of text revealed, with and without visible PADs. rows: (kind, row) of length_report."""
     figure, (top, bottom) = _axes(7, 6, 2, sharex=False)
-    for rows, label in zip(curves, ("model, from its first call", "training lengths alone")):
-        top.plot([r["coverage"] for r in rows], [r["looseness"] for r in rows], marker="o", ms=4,
+    names = dict(law="model, from its first call", known="training lengths alone")
+    for name, label in names.items():
+        part = [row for kind, row in rows if kind == "length" and row["of"] == name]
+        top.plot([r["coverage"] for r in part], [r["looseness"] for r in part], marker="o", ms=4,
                  label=label)
     top.set(xlabel="share of documents that fit their canvas", ylabel="tokens too long, mean")
     for pads in (False, True):
-        part = [row for row in eos if row["pads"] == pads]
+        part = [row for kind, row in rows if kind == "eos" and row["pads"] == pads]
         bottom.plot([r["revealed"] for r in part], [r["position"] for r in part], marker="o", ms=4,
                     ls="--" if pads else "-", label="PADs visible too: a leak" if pads else
                     "only text visible")

@@ -128,7 +128,7 @@ class Config:
     sampling_steps: int = 0  # calls for max_new_tokens; 0 = one token a call
     repetition_penalty: float = 1.0  # divides the logits of tokens already in the row
     infill: str = ""  # "Once ___ a ___3 who": holes of one and three tokens, then the end
-    prompt_tokens: int = 16  # eval: given tokens of the documents whose length is predicted
+    prompt_tokens: int = 32  # eval: given tokens of the documents whose length is predicted
     judge: str = "out/ar"  # eval: the run of ar.py that judges samples
     eval_canvases: str = "full,eos,law,block,pin"  # eval: canvases to compare
     eval_seeds: int = 1  # eval: repetitions of every sampling setting
@@ -1066,40 +1066,54 @@ def judge_law(logp, L, cfg):
 
 
 @torch.no_grad()
-def length_report(model, cfg, split="val", n=256):
-    """The length at the first step, of the first n documents of a split: rows for the log. `law` is
-    the model's, `known` that of the training lengths alone, both given the prompt's length. Then
-    EOS accuracy by the share of text tokens already revealed, without and with the PADs."""
+def first_look(model, xt, cfg):
+    """What one call says of canvases xt (n, T): log p(EOS), log p(PAD) and the likeliest id of each
+    position, all (n, T)."""
+    looks = []
+    for part in xt.split(32):
+        logits = model(part).float()  # (32, T, V + 1)
+        ends = logits[..., [cfg.eos, cfg.vocab_size]] - logits.logsumexp(2, keepdim=True)
+        looks.append((ends[..., 0].cpu(), ends[..., 1].cpu(), logits.argmax(2).cpu()))
+    return [torch.cat(part) for part in zip(*looks)]
+
+
+@torch.no_grad()
+def length_report(model, cfg, split="val", n=128, levels=None):
+    """The length at the first call, of the first n documents of a split: rows for the log. `law` is
+    the model's, `known` that of the training lengths alone, both given the prompt's length; a row
+    for each of them and each probability q in `levels` (cfg.q alone). Then
+    how often the EOS is found by the share of text revealed, without and with the PADs: `position`
+    it is likelier at L than elsewhere, `token` it is the likeliest token at L."""
     device, g = next(model.parameters()).device, torch.Generator().manual_seed(0)
-    x, m, L = (part.to(device) for part in prompts(split, cfg, n))
-    law_, known = length_law(model, x, m, cfg).cpu(), known_law(cfg, m.cpu())
-    rows = [("length", dict(of=name, q=cfg.q, rows=len(x), **judge_law(logp, L.cpu(), cfg)))
-            for name, logp in (("law", law_), ("known", known))]
-    V, column, whole = cfg.vocab_size, torch.arange(x.shape[1], device=device), L < x.shape[1]
+    x, m, L = prompts(split, cfg, n)
+    logp = torch.cat([length_law(model, x[i].to(device), m[i].to(device), cfg).cpu()
+                      for i in torch.arange(len(x)).split(32)])
+    rows = [("length", dict(of=name, q=q, rows=len(x), **judge_law(
+        law_, L, dataclasses.replace(cfg, q=q)))) for q in levels or (cfg.q,)
+        for name, law_ in dict(law=logp, known=known_law(cfg, m)).items()]
+    V, column, whole = cfg.vocab_size, torch.arange(x.shape[1]), L < x.shape[1]
     x, m, L = x[whole], m[whole], L[whole]  # documents that end on their canvas
     for pads in (False, True):
-        for share in (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0):
-            show = (torch.rand(x.shape, generator=g) < share).to(device)
+        for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+            show = torch.rand(x.shape, generator=g) < share
             show &= (x != cfg.eos) & ((x != V) | pads)
             hidden = (column >= m[:, None]) & ~show
-            logits = model(x.masked_fill(hidden, V + 1)).float()  # (n, T, V + 1)
-            at_L = logits[torch.arange(len(x)), L].argmax(1) == cfg.eos  # (E5)
-            logp = logits.log_softmax(2)[..., cfg.eos].masked_fill(~hidden, -torch.inf)
-            rows.append(("eos", dict(revealed=share, pads=pads, token=at_L.float().mean().item(),
-                                     position=(logp.argmax(1) == L).float().mean().item())))
-            if share == 0 and not pads:
-                p = logits.softmax(2)
-                jump = p[:, 1:, V] - p[:, :-1, V] - p[:, :-1, cfg.eos]  # (E3)
-                pad = (logits.argmax(2) == V) & hidden
-                rows[0][1].update(
-                    coherence_gap=jump[(column >= m[:, None])[:, 1:]].abs().mean().item(),
-                    pad_recall=(pad & (x == V)).sum().item() / max(1, (x == V).sum().item()))
+            eos, pad, top = first_look(model, x.masked_fill(hidden, V + 1).to(device), cfg)
+            best_ = eos.masked_fill(~hidden, -torch.inf).argmax(1)
+            token = top.gather(1, L[:, None]) == cfg.eos  # (E5)
+            rows.append(("eos", dict(revealed=share, pads=pads, token=token.double().mean().item(),
+                                     position=(best_ == L).double().mean().item())))
+            if share == 0 and not pads:  # p(PAD) grows by what p(EOS) was
+                jump = pad.exp()[:, 1:] - pad.exp()[:, :-1] - eos.exp()[:, :-1]  # (E3)
+                found = ((top == V) & (x == V)).sum() / (x == V).sum().clamp(min=1)
+                rows[0][1].update(pad_recall=found.item(), coherence_gap=jump[
+                    (column >= m[:, None])[:, 1:]].abs().mean().item())
     return rows
 
 
-def say_lengths(run, rows):
+def say_lengths(run, rows, q):
     """length_report in two lines."""
-    law_, known = (row for kind, row in rows if kind == "length")
+    law_, known = (row for kind, row in rows if kind == "length" and row["q"] == q)
     run.say(f"length from the first call: {law_['nats']:.2f} +- {law_['nats_se']:.2f} nats "
             f"(training lengths alone: {known['nats']:.2f}); a canvas of probability {law_['q']:g} "
             f"holds {law_['coverage']:.0%} of documents and is {law_['looseness']:.0f} tokens too "
@@ -1118,7 +1132,7 @@ def grade(run, model, cfg, step, n=64):
             rows = length_report(model, cfg)
         for kind, row in rows:
             run.log(kind, step, **row)
-        say_lengths(run, rows)
+        say_lengths(run, rows, cfg.q)
     trace, clock = [], time.time()
     with run.amp:
         x, info = sample(model, cfg, n, torch.Generator().manual_seed(cfg.seed), trace=trace)
@@ -1144,15 +1158,12 @@ def evaluate_all(run, model, cfg, n=64):
     # 3. lengths
     docs = cfg.rows == "docs" and cfg.pipeline == "diffusion"
     if docs:
-        rows = length_report(model, cfg, "test", 500)
+        levels = sorted({0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, cfg.q})
+        rows = length_report(model, cfg, "test", 256, levels)
         for kind, row in rows:
             run.log(kind, -1, **row)
-        say_lengths(run, rows)
-        x, m, L = prompts("test", cfg, 500)
-        laws = length_law(model, x.to(run.device), m.to(run.device), cfg).cpu(), known_law(cfg, m)
-        curves = [[judge_law(logp, L, dataclasses.replace(cfg, q=q)) for q in
-                   (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)] for logp in laws]
-        common.plot_lengths(run.out / "length.png", curves, [r for k, r in rows if k == "eos"])
+        say_lengths(run, rows, cfg.q)
+        common.plot_lengths(run.out / "length.png", rows)
     # 4. samples that continue prompts of test documents
     judge = common.load_judge(cfg.judge, tokenizer, run)
     x0 = get_eval_rows("test", cfg, n)[0]

@@ -241,6 +241,7 @@ NEW = {"mdlm": {
     "prompts": "documents whose length is predicted",
     "known_law": "the baseline of lengths",
     "judge_law": "what a law of lengths is worth",
+    "first_look": "lengths at the first call (E3)",
     "length_report": "lengths at the first call (E5)",
     "say_lengths": "the same in two lines",
     "evaluate_all": "lengths, canvases, benchmarks",
