@@ -442,7 +442,7 @@ class Attention(nn.Module):
     def forward(self, x, seen, past=None):
         """past: None, or this layer's [k, v], which is extended in place by the new positions."""
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if past is not None:
             past[:] = k, v = [torch.cat(pair, 2) for pair in zip(past, (k, v))] if past else [k, v]
         y = attend(q, k, v, seen)
@@ -777,8 +777,6 @@ def best(score, among, count, g):
 def penalize(logits, seen, cfg):
     """Repetition penalty (Keskar et al. 2019, section 4.1): logits (n, V) of tokens seen (n, V) in
     the row are divided by it, or multiplied if negative. EOS and PAD have to come up once."""
-    if cfg.repetition_penalty == 1:
-        return logits
     seen = seen.clone()
     seen[:, cfg.eos] = False
     seen[:, cfg.vocab_size:] = False
@@ -806,12 +804,27 @@ def predict(model, x, where, end):
     return logits, tokens
 
 
+def draw(logits, where, xt, tied, cfg, g):
+    """A token for every position `where` of the rows xt (n, T), from logits (count, outputs). Rows
+    whose end is known, `tied` (n,), have no EOS or PAD before it."""
+    owner, V = where.nonzero()[:, 0], cfg.vocab_size
+    if logits.shape[1] > V:
+        logits = logits.clone()
+        logits[tied[owner], cfg.eos] = logits[tied[owner], V] = -torch.inf
+    if cfg.repetition_penalty != 1:
+        used = torch.zeros(len(xt), V + 2, device=xt.device).scatter(1, xt, 1.0).bool()
+        logits = penalize(logits, used[owner, :logits.shape[1]], cfg)
+    return categorical(filter_logits(logits, cfg), g)
+
+
 @torch.no_grad()
 def sample_ar(model, cfg, n, g, prompt=None, trace=None):
     """The parent's samples, left to right with the keys and values of the past: see sample."""
     device = next(model.parameters()).device
     x = torch.full((n, cfg.seq_len), cfg.eos, device=device)
     P = 0 if prompt is None else prompt.shape[-1]
+    if P >= cfg.seq_len:
+        raise ValueError(f"the prompt has {P} tokens, a row has room for {cfg.seq_len - 1}")
     room = min(cfg.seq_len, P + (cfg.max_new_tokens or cfg.seq_len))
     if P:
         x[:, :P] = prompt
@@ -820,8 +833,10 @@ def sample_ar(model, cfg, n, g, prompt=None, trace=None):
     for i in range(P, room):
         seen = sees(P + 1, 0).to(device) if i == P else None
         logits = model.say(model.trunk(new, seen, past)[:, -1])[:, :cfg.vocab_size]
-        used = torch.zeros(logits.shape, device=device).scatter(1, x[:, :i], 1.0).bool()
-        drawn = categorical(filter_logits(penalize(logits, used, cfg), cfg), g)
+        if cfg.repetition_penalty != 1:
+            used = torch.zeros(logits.shape, device=device).scatter(1, x[:, :i], 1.0).bool()
+            logits = penalize(logits, used, cfg)
+        drawn = categorical(filter_logits(logits, cfg), g)
         x[:, i] = drawn.masked_fill(ended, cfg.eos)
         ended |= (x[:, i] == cfg.eos) & (cfg.rows == "docs")
         new = x[:, i:i + 1]
@@ -831,7 +846,7 @@ def sample_ar(model, cfg, n, g, prompt=None, trace=None):
             trace.append((i + 1, shown.cpu()))
         if ended.all():
             break
-    return x, dict(nfe=i + 1 - P, forwarded=n * (i + 1))
+    return x if cfg.rows == "docs" else x[:, :room], dict(nfe=i + 1 - P, forwarded=n * (i + 1))
 
 
 @torch.no_grad()
@@ -866,17 +881,18 @@ def sample(model, cfg, n, g, prompt=None, trace=None, start=None):
     last = ((start != V) * (column + 1)).amax(1)  # behind what is given
     limit = torch.maximum((m + (cfg.max_new_tokens or T)).clamp(max=T), last)
     tied = docs & (x == cfg.eos).any(1)  # the end is given
+    late = torch.zeros_like(tied)  # the end is known to lie behind the canvas
     # 2. the first canvas: `end` positions of each row
     end = limit.clone()
     if docs and cfg.canvas in ("law", "pin") and not tied.any():
-        p = length_law(model, x, m, cfg).double().exp()  # (n, T + 1)
+        p = length_law(model, x, last, cfg).double().exp()  # (n, T + 1)
         calls, tokens = 1, n * (T + 1)
         if cfg.canvas == "law":
             end = torch.minimum((p.cumsum(1) < cfg.q).sum(1) + 1, limit)
         else:
             L = categorical(p.log(), g)
-            tied = L < limit
-            x[tied, L[tied]] = cfg.eos
+            late, tied = L >= limit, torch.ones_like(tied)
+            x[~late, L[~late]] = cfg.eos
             end = torch.minimum(L + 1, limit)
     elif cfg.canvas == "block":
         end = torch.where(tied, limit, torch.minimum(m + cfg.block, limit))
@@ -911,10 +927,12 @@ def sample(model, cfg, n, g, prompt=None, trace=None, start=None):
             logits, passed = predict(model, xt, todo, size)
             logp = logits.log_softmax(1)
             if cfg.order == "sampled":
-                drawn = categorical(filter_logits(logits, cfg), g)
+                drawn = draw(logits, todo, xt, tied[rows], cfg, g)
                 score[todo] = logp.gather(1, drawn[:, None])[:, 0]
             else:
                 score[todo] = CERTAINTY[cfg.order](logp)
+        # text at its last position says that a document is longer than the canvas: it goes first
+        score = score.masked_fill(late[rows, None] & (column == size[:, None] - 1), torch.inf)
         if cfg.quota == "ancestral":
             chance = torch.rand(todo.shape, generator=g) * max(1, cfg.sampling_steps - step) < 1
             count = (chance.to(device) & todo).sum(1)
@@ -927,20 +945,13 @@ def sample(model, cfg, n, g, prompt=None, trace=None, start=None):
         if cfg.order == "sampled":
             drawn = drawn[chosen[todo]]
         else:
-            owner = chosen.nonzero()[:, 0]
-            if docs:  # before a given end there is no other
-                sure = tied[rows][owner]
-                logits[sure, cfg.eos] = logits[sure, V] = -torch.inf
-            if cfg.repetition_penalty != 1:
-                used = torch.zeros(len(rows), M + 1, device=device).scatter(1, xt, 1.0).bool()
-                logits = penalize(logits, used[owner, :logits.shape[1]], cfg)
-            drawn = categorical(filter_logits(logits, cfg), g)
+            drawn = draw(logits, chosen, xt, tied[rows], cfg, g)
         xt[chosen] = drawn
         x[rows] = xt
         is_mask[rows] = todo & ~chosen
         calls, tokens, step = calls + 1, tokens + passed, step + 1
         # 6. shrink
-        stop = ((x == cfg.eos) | (x == V)) & (column < end[:, None]) & ~is_mask & docs
+        stop = ((x == cfg.eos) | (x == V)) & (column < end[:, None]) & docs
         first = (stop.cumsum(1) == 0).sum(1)  # T if there is none
         text = (x != M) & (x != cfg.eos) & (x != V)
         wrong |= (text & (column > first[:, None])).any(1)
@@ -1093,7 +1104,7 @@ def length_report(model, cfg, split="val", n=128, levels=None):
         for name, law_ in dict(law=logp, known=known_law(cfg, m)).items()]
     V, column, whole = cfg.vocab_size, torch.arange(x.shape[1]), L < x.shape[1]
     x, m, L = x[whole], m[whole], L[whole]  # documents that end on their canvas
-    for pads in (False, True):
+    for pads in (False, True) if len(x) else ():
         for share in (0.0, 0.25, 0.5, 0.75, 1.0):
             show = torch.rand(x.shape, generator=g) < share
             show &= (x != cfg.eos) & ((x != V) | pads)
@@ -1119,13 +1130,14 @@ def say_lengths(run, rows, q):
             f"holds {law_['coverage']:.0%} of documents and is {law_['looseness']:.0f} tokens too "
             f"long (alone: {known['coverage']:.0%}, {known['looseness']:.0f})")
     eos = [row for kind, row in rows if kind == "eos" and not row["pads"]]
-    run.say("the EOS is found, by the share of text revealed: " + ", ".join(
-        f"{row['revealed']:.0%} {row['position']:.2f}" for row in eos))
+    if eos:
+        run.say("the EOS is found, by the share of text revealed: " + ", ".join(
+            f"{row['revealed']:.0%} {row['position']:.2f}" for row in eos))
 
 
 def grade(run, model, cfg, step, n=64):
     """Predict lengths, draw n samples from the model, and let the run judge, log and show them."""
-    if cfg.pipeline == "diffusion":
+    if cfg.init_from == "parent":
         run.say("\nstage 3 of 3: lengths and samples")
     if cfg.pipeline == "diffusion" and cfg.rows == "docs":
         with run.amp:
@@ -1146,15 +1158,15 @@ def evaluate_all(run, model, cfg, n=64):
     a benchmark if asked for, as rows of eval.jsonl and two figures."""
     run.begin_eval()
     tokenizer = open_data(cfg.data_dir).tokenizer
-    # 1. the bound
-    row = evaluate(model, cfg, "test", 500)
-    run.log("test", -1, **row)
-    run.say(f"test, {row['rows']} rows: {common.report(row)}")
-    # 2. a benchmark, if it is asked for
+    # 1. a benchmark, if it is asked for, and nothing else
     if cfg.bench:
         row = bench(model, cfg, tokenizer)
         run.log("bench", -1, **row)
         return run.say(f"{cfg.bench}: {common.figures(row)}")
+    # 2. the bound
+    row = evaluate(model, cfg, "test", 500)
+    run.log("test", -1, **row)
+    run.say(f"test, {row['rows']} rows: {common.report(row)}")
     # 3. lengths
     docs = cfg.rows == "docs" and cfg.pipeline == "diffusion"
     if docs:
@@ -1198,7 +1210,7 @@ def wilson(right, n):
     """95 % interval of a share, right of n (Wilson 1927): (low, high)."""
     p, z = right / n, 1.96
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
+    return [max(0.0, middle - half) / (1 + z * z / n), min(1.0, (middle + half) / (1 + z * z / n))]
 
 
 def rouge(guess, truth):
@@ -1378,14 +1390,14 @@ def parent_of(cfg):
 def have_parent(cfg):
     """Stage 1: train the causal parent, go on with one that was interrupted, or say that it is
     there already, made by the same settings."""
-    if cfg.pipeline == "arm" or cfg.init_from != "parent" or cfg.parent:
+    if cfg.init_from != "parent" or cfg.parent:
         return
     mine, aside = parent_of(cfg), ("out", "resume", "log", "compile", "config", "data_dir")
     folder, made = Path(mine.out), 0
     with common.Run(cfg, cfg.out or f"out/{NAME}", training=False):
         pass  # stage 2 will be able to write
-    print(f"stage 1 of 3: a causal parent, {mine.steps} steps, in {folder}", flush=True)
     with common.Run(mine, folder, training=False) as run:
+        run.say(f"stage 1 of 3: a causal parent, {mine.steps} steps")
         fill_in(mine, run.rank)
         if (folder / "state.pt").exists() and (folder / "config.json").exists():
             theirs = dataclasses.asdict(common.load_config(Config, folder))
@@ -1393,8 +1405,10 @@ def have_parent(cfg):
             if all(theirs[k] == v for k, v in dataclasses.asdict(mine).items() if k not in aside):
                 mine.resume = True
     if mine.resume and made == mine.steps:
-        return print("it is there already")
-    train(mine)
+        run.say(f"it is in {folder} already")
+    else:
+        train(mine)
+    run.say(f"\nstage 2 of 3: the parent becomes a diffusion model, {cfg.steps} steps")
 
 
 def main(argv):
@@ -1408,8 +1422,6 @@ def main(argv):
         cfg.resume = not (Path(parent_of(cfg).out) / "state.pt").exists()
     if command == "train" and not cfg.resume:
         have_parent(cfg)
-        if cfg.pipeline == "diffusion":
-            print(f"\nstage 2 of 3: diffusion from {cfg.init_from}, {cfg.steps} steps", flush=True)
         return train(cfg) and None
     stored = common.load_config(Config, out)  # flags are laid over what the run was made with
     if command != "train":

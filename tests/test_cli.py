@@ -1,7 +1,9 @@
 """The command line: every flag, every command that is written down, one sentence a mistake."""
 import ast
+import contextlib
 import dataclasses
 import inspect
+import io
 import json
 import os
 import random
@@ -366,6 +368,149 @@ def test_what_cannot_work_is_refused_before_training(flags, sentence, home, cli,
     code, _, err = cli(dit_embed, "--data", home / "small.txt", *TINY, "--out", tmp_path / "run",
                        *flags.split())
     assert sentence in one_sentence(code, err) and not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def lengths(home):
+    """A run of diffugpt_varlen.py on documents, whose lengths differ, and what it said."""
+    out, few = home / "lengths", ["--rows", "docs", "--seq-len", "48", "--parent-steps", "2"]
+    docs = [("the cat " if i % 3 else "a dog ") * (1 + i % 4) + f"{i} times." for i in range(200)]
+    (home / "docs.txt").write_text("<|endoftext|>".join(docs))
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.setattr(sys, "argv", ["diffugpt_varlen.py", "--data", str(home / "docs.txt"), *TINY,
+                                    *few, "--out", str(out)])
+        with pytest.raises(SystemExit) as stop:
+            common.run_main(diffugpt_varlen.main)
+    assert not stop.value.code
+    return out, said.getvalue()
+
+
+def test_the_default_run_of_diffugpt_varlen_has_three_stages(lengths, home, cli, tmp_path):
+    """Parent, adaptation, lengths and samples; the parent is made once and gone on with."""
+    out, said = lengths
+    at = [said.rindex(part) for part in (
+        "stage 1 of 3", "step     2  = ", "stage 2 of 3", "step     4  <= ", "stage 3 of 3",
+        "length from the first call", "64 samples in")]
+    assert at == sorted(at)
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["of"] for row in rows if row["kind"] == "length"] == ["law", "known"]
+    val = [row for row in rows if row["kind"] == "val"][-1]
+    assert val["text"] + val["eos"] + val["pad"] == pytest.approx(val["nats_per_doc"], abs=1e-4)
+    train = ["--data", home / "docs.txt", *TINY, *"--rows docs --seq-len 48".split()]
+    run, parent = tmp_path / "run", tmp_path / "run_parent"
+    shutil.copytree(home / "lengths_parent", parent)
+    before = contents(parent)
+    code, said, err = cli(diffugpt_varlen, *train, "--parent-steps", 2, "--out", run)
+    assert code == 0 and "already" in said and contents(parent) == before, err
+    code, said, err = cli(diffugpt_varlen, *train, "--parent-steps", 3, "--out", run)
+    assert code == 0 and "step     3  = " in said and contents(parent) != before, err
+    for flags, sentence in ((["--parent", tmp_path / "none"], "no parent in"), (
+            ["--init-from", tmp_path], "it needs config.json and model.safetensors"), (
+            ["--init-from", "gpt3"], "is no folder and no known checkpoint"), (
+            ["--init-from", parent, "--n-layer", 2], "has n_layer 1: leave --n-layer out"), (
+            ["--init-from", parent, "--seq-len", 64], "has 49 positions, one for BOS")):
+        code, _, err = cli(diffugpt_varlen, *train, "--out", tmp_path / "other", *flags)
+        assert sentence in one_sentence(code, err) and not (tmp_path / "other").exists()
+
+
+def test_a_run_stopped_in_its_first_stage_goes_on_there(lengths, home, cli, tmp_path):
+    run = tmp_path / "run"
+    parent = shutil.copytree(home / "lengths_parent", tmp_path / "run_parent")
+    code, said, err = cli(diffugpt_varlen, "--data", home / "docs.txt", *TINY, "--rows", "docs",
+                          "--seq-len", 48, "--parent-steps", 2, "--out", run, "--resume")
+    assert code == 0 and "already" in said and (run / "model.safetensors").exists(), err
+    assert parent.exists()
+
+
+def test_eval_of_diffugpt_varlen_writes_its_own_rows_and_two_figures(lengths, home, cli, tmp_path):
+    out = shutil.copytree(lengths[0], tmp_path / "run")
+    before = (out / "log.jsonl").read_text()
+    code, said, err = cli(diffugpt_varlen, "eval", "--out", out, "--judge", tmp_path,
+                          "--eval-canvases", "full,eos,law")
+    assert code == 0 and err == ""
+    rows = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+    kinds = [row["kind"] for row in rows]
+    assert kinds == (["config", "test"] + 14 * ["length"] + 10 * ["eos"] + ["real"] +
+                     12 * ["samples"])
+    samples = rows[-12:]
+    assert [(r["canvas"], r["k"]) for r in samples] == [
+        (canvas, k) for canvas in ("full", "eos", "law") for k in (1, 2, 4, 8)]
+    assert all(r["forwarded"] >= r["useful"] for r in samples)
+    assert samples[0]["forwarded"] >= samples[4]["forwarded"]  # a canvas that shrinks
+    for name in ("quality.png", "length.png"):
+        assert (out / name).stat().st_size > 1000
+    assert (out / "log.jsonl").read_text() == before
+    wrong = cli(diffugpt_varlen, "eval", "--eval-canvases", "best")
+    assert "not 'best'" in one_sentence(*wrong[::2])
+
+
+@pytest.mark.parametrize("flags", [
+    "--head hazard --p-tail 0.5", "--head pointer --freeze --init-from scratch",
+    "--pad-masked-perc 0.1 --pad-annealing-steps 2 --pad-weight 0.5 --p-pin 0.2",
+    "--init-from scratch --no-shift --rows stream", "--pipeline arm --init-from scratch",
+    "--init-from scratch --optimizer adamw --lr 1e-3 --tail-annealing-steps 3"])
+def test_every_variant_of_diffugpt_varlen_trains_samples_and_evaluates(flags, lengths, home, cli,
+                                                                       tmp_path):
+    out, docs = tmp_path / "run", ["--rows", "docs", "--seq-len", "48"]
+    parent = [] if "init-from" in flags else ["--parent", home / "lengths_parent"]
+    for command in (["train"],
+                    "sample --prompt a --canvas pin --repetition-penalty 1.2".split(),
+                    ["sample", "--canvas", "block", "--block", "7", "--max-new-tokens", "20"],
+                    ["eval", "--judge", tmp_path, "--eval-canvases", "law"]):
+        train = [] if command != ["train"] else ["--data", home / "docs.txt", *TINY, *docs, *parent,
+                                                 *flags.split()]
+        code, said, err = cli(diffugpt_varlen, *command, *train, "--out", out)
+        assert code == 0, err
+    assert "= " in said
+
+
+def test_benchmarks_are_scored_with_intervals(lengths, cli, tmp_path):
+    out, items = lengths[0], tmp_path / "items.jsonl"
+    for kind, item in dict(
+            cloze=dict(prefix="the cat saw a", target="dog"),
+            choice=dict(prefix="the cat", choices=["saw", "found it"], gold=1),
+            infill=dict(prefix="the", middle="cat", suffix="saw")).items():
+        items.write_text(json.dumps(item) + "\n" + json.dumps(item) + "\n")
+        code, said, err = cli(diffugpt_varlen, "eval", "--out", out, "--bench", f"{kind}:{items}")
+        assert code == 0, err
+        row = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()][-1]
+        name = dict(cloze="oracle", choice="per_token", infill="oracle")[kind]
+        low, high = row[f"{name}_interval"]
+        assert row["n"] == 2 and 0 <= low <= row[name] <= high <= 1 and "items.jsonl" in said
+    items.write_text('{"prefix": "the cat"}\n')
+    for bench, sentence in ((f"cloze:{items}", "line 1 is no cloze item: it needs prefix, target"),
+                            ("cloze:nowhere.txt", "cannot read --bench nowhere.txt"),
+                            ("quiz:a", "write cloze:FILE")):
+        code, _, err = cli(diffugpt_varlen, "eval", "--out", out, "--bench", bench)
+        assert sentence in one_sentence(code, err)
+
+
+def test_a_configuration_file_and_all_its_faults_at_once(home, cli, tmp_path):
+    file, train = tmp_path / "config.json", ("--data", home / "small.txt", *TINY)
+    file.write_text("""{ // what an earlier program called its settings
+        "pipeline": "arm", "init_from": "scratch", "max_lr": 1e-3, /* peak */
+        "context_length": 40, "betas": [0.9, 0.95], "user_prompt": "a // b", "do_sample": false,
+    }""")
+    code, _, err = cli(diffugpt_varlen, *train, "--config", file, "--seq-len", 24, "--out",
+                       tmp_path / "run")
+    assert code == 0, err
+    stored = common.load_config(diffugpt_varlen.Config, tmp_path / "run")
+    assert (stored.lr, stored.beta2, stored.temperature, stored.prompt, stored.seq_len) == (
+        1e-3, 0.95, 0.0, "a // b", 24)
+    file.write_text('{"n_layr": 2, "canvas": "long", "n_epochs": 3, "lr": "high", "q": 1.5, '
+                    '"p_cond": 0.9, "p_tail": 0.9, "head": "marginal", "freeze": true}')
+    code, _, err = cli(diffugpt_varlen, "--config", file, "--out", tmp_path / "other")
+    said = one_sentence(code, err)
+    for part in ("'n_layr' is no setting", "canvas is 'long', choose one of full, eos, law",
+                 "'n_epochs' is no setting here: give steps", "lr is 'high', it must be a float",
+                 "--q is 1.5", "together they are more than 1", "--freeze trains the length head"):
+        assert part in said
+    for text, sentence in (("[1]", "is no JSON object"), ("{", "is no JSON object")):
+        file.write_text(text)
+        code, _, err = cli(diffugpt_varlen, "--config", file)
+        assert sentence in one_sentence(code, err)
+    code, _, err = cli(diffugpt_varlen, "--config", tmp_path / "none.json")
+    assert "cannot read --config" in one_sentence(code, err)
 
 
 @pytest.mark.parametrize("script", SCRIPTS[1:], ids=lambda s: s.NAME)

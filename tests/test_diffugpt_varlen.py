@@ -904,26 +904,12 @@ def test_museum_a_real_token_that_equals_the_mask(tmp_path, theirs):
     x0 = torch.tensor([[4, 4, 1, 4, 4, 2, 4, 4, 4]])
     frozen = x0 == 4
     spy = Spy(model)
-    nats, _ = script.nelbo(spy, x0, cfg, generator(0), 2, frozen)
-    want = enumerated_pair(model, x0[0], cfg, [2, 5])
-    assert nats.item() == pytest.approx(want, abs=1e-4)
-    assert all((idx[frozen] == 4).all() for idx, _ in spy.given)
+    many = (part.expand(2000, -1) for part in (x0, frozen))
+    nats, _ = script.nelbo(spy, next(many), cfg, generator(0), 2, next(many))
+    assert near(nats, enumerated(model, x0[0], cfg, frozen[0]).sum().item())
+    assert all((idx[:, frozen[0]] == 4).all() for idx, _ in spy.given)
     x, is_mask, maskable, t = corrupted(x0.expand(400, -1), cfg)
     assert maskable.all() and not is_mask[:, 0].all() and is_mask[:, 0].any()
-
-
-def enumerated_pair(model, x, cfg, places):
-    """The bound with K = 2 when only two places may be hidden, one each and both: as drawn."""
-    patterns, ce = costs(model, x, cfg)
-    frozen = torch.ones(len(x)).bool()
-    frozen[places] = False
-    one = [ce[(patterns.nonzero()[:, 0].bincount(minlength=len(patterns)) == 1)
-              & patterns[:, i]].sum().item() for i in places]
-    both = ce[(patterns == ~frozen).all(1)].sum().item() / 2
-    g = generator(0)
-    torch.rand(1, generator=g)  # the offset of the comb
-    score = torch.rand(1, len(x), generator=g)[0, places]
-    return one[int(score.argmin())] + both
 
 
 @pytest.mark.parametrize("s", [0.0, 0.1, 0.3])
@@ -1205,10 +1191,10 @@ def test_eos_never_wins_though_the_law_is_exact(monkeypatch):
     assert law["coherence_gap"] < 1e-6 and 0 < law["pad_recall"] < 1
     assert out[1][1]["nats"] == pytest.approx(math.log(7), abs=1e-5)  # one document of each length
     eos = {(row["revealed"], row["pads"]): row for kind, row in out if kind == "eos"}
-    assert len(eos) == 14 and eos[0.0, False]["token"] == 0
+    assert len({share for share, _ in eos}) >= 5 and eos[0.0, False]["token"] == 0
     at = oracle()(torch.full((1, 6), 4))[0]
     assert not (at.argmax(1) == 2).any()
-    assert eos[0.9, True]["position"] > eos[0.9, False]["position"]
+    assert eos[0.75, True]["position"] > eos[0.75, False]["position"]
     assert eos[1.0, True]["position"] == 1 and eos[1.0, True]["token"] > 0.9  # a leak
     one = Oracle(rows[20:21], torch.ones(1), outputs=4)
     patched_rows(monkeypatch, rows[20:21].masked_fill(rows[20:21] == 3, 2), range(7))
@@ -1238,7 +1224,7 @@ def test_a_law_is_judged_by_hand():
     p = torch.tensor([0.1, 0.2, 0.3, 0.2, 0.1, 0.1]).double().log().repeat(2, 1)
     L = torch.tensor([1, 4])
     for q, canvas in ((0.1, 0), (0.3, 1), (0.31, 2), (0.6, 2), (0.8, 3), (0.9, 4), (0.95, 5)):
-        got = script.judge_law(p, L, config(q=q))
+        got = script.judge_law(p, L, config(q=q + 1e-10))
         assert got["coverage"] == ((canvas >= 1) + (canvas >= 4)) / 2
         assert got["looseness"] == pytest.approx(canvas - 2.5)
         assert got["distance"] == pytest.approx((1 + 2) / 2)  # the median is 2
@@ -1357,7 +1343,8 @@ def test_a_perfect_model_gets_every_item_right(order, tmp_path):
     """cloze with and without the number of tokens, choices of different lengths, infilling: all
     right, with Wilson's interval, in the file's name and number of items."""
     items = dict(
-        cloze=[dict(prefix=s.rsplit(" ", 1)[0], target=s.rsplit(" ", 1)[1]) for s in SENTENCES],
+        cloze=[dict(prefix="the cat", target="sat")] + [  # six tokens say more than its target
+            dict(prefix=s.rsplit(" ", 1)[0], target=s.rsplit(" ", 1)[1]) for s in SENTENCES[1:]],
         choice=[dict(prefix=s.rsplit(" ", 1)[0], choices=["hat", s.rsplit(" ", 1)[1], "xylophone"],
                      gold=1) for s in SENTENCES],
         infill=[dict(prefix=s.split(" ", 1)[0], middle=s.split(" ")[1],

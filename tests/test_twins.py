@@ -235,6 +235,7 @@ NEW = {"mdlm": {
     "CERTAINTY": "orders of revealing",
     "best": "the positions of highest score",
     "penalize": "the repetition penalty",
+    "draw": "tokens for chosen positions",
     "predict": "canvases of different lengths (E7)",
     "sample_ar": "the parent's sampler",
     "at_step": "every ramp",
