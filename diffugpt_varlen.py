@@ -214,7 +214,8 @@ def read_config(path):
         text = Path(path).read_text("utf-8")
         text = re.sub(r'("(?:\\.|[^"\\])*")|//[^\n]*|/\*.*?\*/', lambda m: m[1] or " ", text,
                       flags=re.S)
-        given = json.loads(re.sub(r",(\s*[}\]])", r"\1", text))
+        text = re.sub(r'("(?:\\.|[^"\\])*")|,(?=\s*[}\]])', lambda m: m[1] or "", text)
+        given = json.loads(text)
         assert isinstance(given, dict)
     except OSError as error:
         raise UserError(f"cannot read --config {path} ({error.strerror})") from None
@@ -226,7 +227,8 @@ def read_config(path):
             found = SET_HERE[name](value, given) if name in SET_HERE else {
                 OTHER_NAMES.get(name, name): value}
         except (TypeError, ValueError, IndexError):
-            found = {name: value}
+            bad.append(f"{name} is {value!r}, which cannot be read")
+            continue
         for key, v in found.items():
             kind = kinds.get(key)
             if kind is float and type(v) is int:
@@ -330,6 +332,8 @@ def load_pretrained(name):
                             "and name their folder") from None
     try:
         card = json.loads((folder / "config.json").read_text())
+        if not isinstance(card, dict):
+            raise ValueError("config.json is no JSON object")
         tensors = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"no GPT-2 in {folder} ({common.last_line(error)}): it needs config.json "
@@ -347,8 +351,8 @@ def load_pretrained(name):
         if key == "embed_tokens.weight":
             key = "wte.weight"
         weights[key if key.startswith("length_") else f"transformer.{key}"] = value.float()
-    head = tensors.get("lm_head.weight")
-    if head is not None and not torch.equal(head.float(), weights["transformer.wte.weight"]):
+    head, table = tensors.get("lm_head.weight"), weights.get("transformer.wte.weight")
+    if head is not None and table is not None and not torch.equal(head.float(), table):
         raise UserError(f"{folder} has a head of its own: only tied weights can be loaded")
     return weights, card
 
@@ -385,9 +389,9 @@ def start(cfg, out):
     ids = dict(pad=card.get("pad_token_id"), mask=card.get("mask_token_id", MASK_IDS.get(name)))
     if cfg.mask_id >= 0:
         ids["mask"] = cfg.mask_id
-    if not all(i is None or 0 <= i < new for i in ids.values()):
-        raise UserError(f"--mask-id {cfg.mask_id} is not a token of {name}: choose 0..{new - 1}")
-    if ids["pad"] is not None and ids["pad"] < V:
+    if ids["mask"] is not None and not 0 <= ids["mask"] < new:
+        raise UserError(f"--mask-id {ids['mask']} is not a token of {name}: choose 0..{new - 1}")
+    if ids["pad"] is not None and not V <= ids["pad"] < new:
         ids["pad"] = None  # a token that others use for padding is not a PAD that ends documents
     rows = [table[:V]] + [table[i, None] if i is not None else table[:V].mean(0, keepdim=True)
                           for i in (ids["pad"], ids["mask"])]
@@ -563,8 +567,9 @@ def sees(T, ratio, g=None):
 def corrupt(x, cfg, g):
     """Mask canvases x (B, T): xt and three (B, T): is_mask, whether a position may be masked, and
     the level t (B,) = masked / maskable. Levels are on a comb over the batch, subsets of a size all
-    alike. Kinds of rows: any; cond and tail with a prompt of 1 to min(L, T / 2) tokens; tail rows
-    hide all the rest, pin rows all but the EOS."""
+    alike. Kinds of rows: any; cond and tail with a prompt; tail rows hide all the rest, pin rows
+    all but the EOS. A prompt's length must not tell where its row ends: it is drawn from 1 to T / 2
+    whatever the row, and a row that is shorter than its prompt is left out."""
     (B, T), V = x.shape, cfg.vocab_size
     # 1. a level for each row, a kind, a prompt
     t = 1 - (torch.arange(B) / B + torch.rand(1, generator=g)) % 1  # in (0, 1]
@@ -573,8 +578,8 @@ def corrupt(x, cfg, g):
     given = kind < cfg.p_pin + cfg.p_tail + cfg.p_cond
     is_end = (x == V).cpu() | (x == cfg.eos).cpu() & (cfg.rows == "docs")
     length = (is_end.cumsum(1) == 0).sum(1, keepdim=True)  # T if the document was cut
-    m = torch.where(given, (u * length.clamp(max=T // 2)).ceil().long(), 0)  # (B, 1)
-    maskable = (torch.arange(T) >= m) & ~(pin & (x == cfg.eos).cpu())
+    m = torch.where(given, (u * (T // 2)).ceil().long(), 0)  # (B, 1)
+    maskable = (torch.arange(T) >= m) & (m <= length) & ~(pin & (x == cfg.eos).cpu())
     # 2. unless their share is natural, most PADs are shown: a row keeps n_pad s.t. s is masked
     if cfg.pad_masked_perc >= 0 and cfg.rows == "docs":
         is_pad = maskable & (x == V).cpu()
@@ -1263,7 +1268,7 @@ def bench(model, cfg, tokenizer):
     infill: the middle with its number of tokens given, exact and ROUGE-1, -2, -L."""
     kind, _, path = cfg.bench.partition(":")
     device, T, V = next(model.parameters()).device, cfg.seq_len, cfg.vocab_size
-    cfg = dataclasses.replace(cfg, canvas="full", max_new_tokens=0, sampling_steps=0)
+    cfg = dataclasses.replace(cfg, canvas="full", max_new_tokens=0, sampling_steps=0, quota="even")
     items, right = read_items(kind, path, cfg.bench_n), {}
     for number, item in enumerate(items):
         g = torch.Generator().manual_seed(cfg.seed)  # the same draws for every item and option

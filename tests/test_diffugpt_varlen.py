@@ -1221,7 +1221,7 @@ def test_a_law_is_judged_by_hand():
     wrong = script.judge_law(sure.clamp(min=-20), torch.tensor([3, 4, 5]), config(q=0.9))
     assert (wrong["coverage"], wrong["looseness"]) == pytest.approx((2 / 3, -1 / 3))
     assert wrong["distance"] == pytest.approx(1 / 3) and wrong["nats"] == pytest.approx(20 / 3)
-    p = torch.tensor([0.1, 0.2, 0.3, 0.2, 0.1, 0.1]).double().log().repeat(2, 1)
+    p = torch.tensor([0.1, 0.2, 0.3, 0.2, 0.1, 0.1], dtype=torch.float64).log().repeat(2, 1)
     L = torch.tensor([1, 4])
     for q, canvas in ((0.1, 0), (0.3, 1), (0.31, 2), (0.6, 2), (0.8, 3), (0.9, 4), (0.95, 5)):
         got = script.judge_law(p, L, config(q=q + 1e-10))
