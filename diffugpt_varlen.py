@@ -1397,7 +1397,9 @@ def have_parent(cfg):
     there already, made by the same settings."""
     if cfg.init_from != "parent" or cfg.parent:
         return
-    mine, aside = parent_of(cfg), ("out", "resume", "log", "compile", "config", "data_dir")
+    names, mine = [field.name for field in dataclasses.fields(Config)], parent_of(cfg)
+    matter = set(names[:names.index("n")]) - {"out", "resume", "log", "compile"} | {
+        "optimizer", "beta1", "beta2", "weight_decay", "div_factor", "final_div_factor"}
     folder, made = Path(mine.out), 0
     with common.Run(cfg, cfg.out or f"out/{NAME}", training=False):
         pass  # stage 2 will be able to write
@@ -1405,10 +1407,9 @@ def have_parent(cfg):
         run.say(f"stage 1 of 3: a causal parent, {mine.steps} steps")
         fill_in(mine, run.rank)
         if (folder / "state.pt").exists() and (folder / "config.json").exists():
-            theirs = dataclasses.asdict(common.load_config(Config, folder))
+            theirs = common.load_config(Config, folder)
             made = json.loads((folder / "config.json").read_text())["run"]["step"]
-            if all(theirs[k] == v for k, v in dataclasses.asdict(mine).items() if k not in aside):
-                mine.resume = True
+            mine.resume = all(getattr(theirs, k) == getattr(mine, k) for k in matter)
     if mine.resume and made == mine.steps:
         run.say(f"it is in {folder} already")
     else:
