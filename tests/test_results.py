@@ -37,7 +37,8 @@ def test_the_readme_shows_the_last_evaluation_of_a_result(path):
     assert f"| {sample['known']:.2f} | {sample['agree']:.2f} |" in line
 
 
-@pytest.mark.parametrize("path", EVALS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in EVALS if "varlen" not in p.stem],
+                         ids=lambda p: p.stem)
 def test_the_readme_shows_the_samples_of_an_evaluation(path):
     """`| order or sampler | calls | valid | known | agree | entropy | judge | file |`, means over
     seeds."""
@@ -123,6 +124,43 @@ def test_the_readme_shows_the_leak_of_the_original_process():
                  f"{sample['known']:.2f}", f"{sample['entropy']:.2f}"]
         assert "| " + " | ".join(shown).replace("|  |", "| |") + " |" in README.replace("|  |",
                                                                                        "| |")
+
+
+def test_the_readme_shows_what_canvases_cost_and_give():
+    """`| canvas | k | tokens through the network per token of text | of full | valid | known |
+    entropy | judge |`, means over seeds."""
+    path = ROOT / "results/diffugpt_varlen_eval.jsonl"
+    made, = rows(path, "config")
+    assert made["eval"].startswith("diffugpt_varlen.py eval") and "data_dir" not in made["config"]
+    samples, shown = rows(path, "samples"), 0
+    mean = {}
+    for canvas, k in {(row["canvas"], row["k"]) for row in samples}:
+        some = [row for row in samples if (row["canvas"], row["k"]) == (canvas, k)]
+        assert len(some) == made["config"]["eval_seeds"] >= 2
+        mean[canvas, k] = {key: sum(row[key] for row in some) / len(some) for key in (
+            "per_token", "valid", "known", "entropy", "judge")}
+    for (canvas, k), row in mean.items():
+        share = row["per_token"] / mean["full", k]["per_token"]
+        line = (f"| {canvas} | {k} | {row['per_token']:.1f} | {share:.2f} | {row['valid']:.2f} | "
+                f"{row['known']:.2f} | {row['entropy']:.2f} | {row['judge']:.2f} |")
+        shown += line in README
+    assert shown >= 15
+
+
+def test_the_readme_shows_what_the_parts_of_the_adaptation_are_worth():
+    """`| case | bound: mean (least to most) | length, nats | PADs said at the first call |`, three
+    seeds each."""
+    made = json.loads((ROOT / "results/adaptation.json").read_text("utf-8"))
+    assert {"command", "config", "seed", "torch", "machine", "threads"} <= made.keys()
+    names = dict.fromkeys(row["name"] for row in made["rows"])
+    for name in names:
+        some = [row for row in made["rows"] if row["name"] == name]
+        assert [row["seed"] for row in some] == made["seeds"] and len(some) == 3
+        nats = [row["nats_per_story"] for row in some]
+        length, pads = (sum(row["length"][key] for row in some) / 3
+                        for key in ("nats", "pad_recall"))
+        assert (f"| {name} | <= {sum(nats) / 3:.1f} ({min(nats):.1f} to {max(nats):.1f}) | "
+                f"{length:.2f} | {pads:.2f} |") in README
 
 
 def test_the_tokenizer_of_the_results_is_the_one_in_the_repository():
