@@ -131,6 +131,7 @@ class Config:
     prompt_tokens: int = 32  # eval: given tokens of the documents whose length is predicted
     judge: str = "out/ar"  # eval: the run of ar.py that judges samples
     eval_canvases: str = "full,eos,law,block,pin"  # eval: canvases to compare
+    eval_k: str = "1,2,4,8"  # eval: tokens a call to compare
     eval_seeds: int = 1  # eval: repetitions of every sampling setting
     bench: str = ""  # eval: cloze:FILE, choice:FILE or infill:FILE (JSON lines; cloze also text)
     bench_n: int = 200  # eval: items of it
@@ -179,6 +180,8 @@ class Config:
         for name in self.eval_canvases.split(","):
             rules += [(name not in ("full", "eos", "law", "block", "pin"),
                        f"--eval-canvases knows full, eos, law, block, pin, not '{name}'")]
+        for k in self.eval_k.split(","):
+            rules += [(not k.isdigit() or k == "0", f"--eval-k is a list like 1,2,4, not '{k}'")]
         return bad + [sentence for wrong, sentence in rules if wrong]
 
 
@@ -1189,7 +1192,7 @@ def evaluate_all(run, model, cfg, n=64):
     run.say(f"test documents: {common.figures(real)}")
     rows, canvases = [], cfg.eval_canvases.split(",") if docs else ["full"]
     for canvas in canvases if cfg.pipeline == "diffusion" else []:
-        for k in (1, 2, 4, 8):
+        for k in map(int, cfg.eval_k.split(",")):
             for seed in range(cfg.eval_seeds):
                 some = dataclasses.replace(cfg, canvas=canvas,
                                            sampling_steps=-(-cfg.seq_len // k))

@@ -960,6 +960,18 @@ def test_rows_without_eos_or_without_text_give_finite_losses(head, changes):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("head", ["marginal", "hazard"])
+def test_a_batch_of_which_nothing_can_be_hidden_costs_nothing(head):
+    """Two empty documents that should begin with a prompt: the loss is finite, its gradient too."""
+    cfg = config(head=head, p_tail=1.0, pad_weight=0.5)
+    model = network(cfg).requires_grad_(True)
+    for seed in range(5):
+        loss, _ = script.loss_fn(model, documents(cfg, 0, 0), cfg, generator(seed))
+        loss.backward()
+        assert math.isfinite(loss.item())
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 def test_ramps_depend_on_the_step_alone():
     """min(1, (step + 1) / steps) times its end for attention, tails and PADs; 0 steps: at once;
     natural PADs stay natural; the arm pipeline knows none."""
