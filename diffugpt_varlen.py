@@ -385,6 +385,9 @@ def start(cfg, out):
     width = table.shape[1]
     shape = dict(n_embd=width, n_head=card.get("n_head", width // 64), n_layer=len(
         {key.split(".")[2] for key in weights if key.startswith("transformer.h.")}))
+    if card.get("n_layer", shape["n_layer"]) != shape["n_layer"]:
+        raise UserError(f"{name} has {shape['n_layer']} blocks, its config.json says "
+                        f"{card['n_layer']}: the file is not whole")
     for key, value in shape.items():
         if getattr(cfg, key) not in (value, getattr(Config, key)):
             raise UserError(f"{name} has {key} {value}: leave --{key.replace('_', '-')} out")
@@ -689,7 +692,7 @@ def loss_fn(model, x0, cfg, g, rows=slice(None)):
     ce[is_mask] = F.cross_entropy(model.say(h[is_mask]).float(), x[is_mask], reduction="none")
     # 4. weigh by 1 / t
     part = weight * ce / t.clamp(min=1e-9).to(x.device)[:, None]
-    loss = part.sum() / total  # (E1)
+    loss = part.sum() / total.clamp(min=1e-9)  # (E1)
     # 5. rows that hide everything after their prompt teach the length head
     if cfg.head != "marginal":
         m = (~is_mask).cumprod(1).sum(1)
@@ -1253,6 +1256,10 @@ def read_items(kind, path, limit):
                 items.append(dict(zip(keys, line.strip().rsplit(" ", 1), strict=True)))
             else:
                 items.append({key: json.loads(line)[key] for key in keys})
+                texts = [text for key, value in items[-1].items() if key != "gold" for text in (
+                    value if key == "choices" else [value])]
+                if not all(isinstance(text, str) and text.strip() for text in texts):
+                    raise TypeError
                 if kind == "choice":
                     items[-1]["choices"][items[-1]["gold"]]
         except (ValueError, KeyError, TypeError, IndexError):

@@ -479,6 +479,9 @@ def test_benchmarks_are_scored_with_intervals(lengths, cli, tmp_path):
         name = dict(cloze="oracle", choice="per_token", infill="oracle")[kind]
         low, high = row[f"{name}_interval"]
         assert row["n"] == 2 and 0 <= low <= row[name] <= high <= 1 and "items.jsonl" in said
+    items.write_text('{"prefix": "the cat", "target": 7}\n')
+    code, _, err = cli(diffugpt_varlen, "eval", "--out", out, "--bench", f"cloze:{items}")
+    assert "line 1 is no cloze item" in one_sentence(code, err)
     items.write_text('{"prefix": "the cat"}\n')
     for bench, sentence in ((f"cloze:{items}", "line 1 is no cloze item: it needs prefix, target"),
                             ("cloze:nowhere.txt", "cannot read --bench nowhere.txt"),

@@ -249,7 +249,7 @@ def test_requirements_are_pinned_and_complete():
     ours = {p.stem for p in CODE} | {"data", *sys.stdlib_module_names}
     optional = {"tensorboard", "wandb"}
     comes_with = {"tiktoken_ext": "tiktoken", "requests": "tiktoken", "pyarrow": "datasets",
-                  "huggingface_hub": "datasets", "nbformat": "nbconvert", "transformers": None,
+                  "huggingface_hub": "datasets", "nbformat": "nbconvert",
                   "pandas": "datasets"}
     for path in CODE:
         for node in ast.walk(ast.parse(read(path))):
