@@ -524,7 +524,7 @@ class Model(nn.Module):
             x = block(x, seen, past[i] if past is not None else None)
         return self.transformer.ln_f(x)
 
-    def say(self, h):
+    def unembed(self, h):
         """Hidden states (..., C) -> logits (..., outputs), by the tied embedding."""
         return F.linear(h, self.transformer.wte.weight[:self.outputs])
 
@@ -535,7 +535,7 @@ class Model(nn.Module):
 
     def forward(self, idx, where=None, seen=None):
         h = self.aligned(idx, seen)
-        return self.say(h if where is None else h[where])
+        return self.unembed(h if where is None else h[where])
 
 
 def init_weights(model):
@@ -651,7 +651,7 @@ def length_law(model, x, m, cfg):
     h = model.aligned(x.masked_fill(hidden, cfg.vocab_size + 1))
     if cfg.head != "marginal":
         return law_of_head(model, h, m, cfg)
-    logits = model.say(h).float()
+    logits = model.unembed(h).float()
     # among what is not PAD, EOS has the probability p(EOS) / (1 - p(PAD))
     hazard = logits[..., :cfg.vocab_size].log_softmax(2)[..., cfg.eos]  # (E3)
     stay = torch.log1p(-hazard.exp().clamp(max=1 - 1e-7))
@@ -689,7 +689,7 @@ def loss_fn(model, x0, cfg, g, rows=slice(None)):
     if cfg.freeze:
         h = h.detach()
     ce = torch.zeros(x.shape, device=x.device)
-    ce[is_mask] = F.cross_entropy(model.say(h[is_mask]).float(), x[is_mask], reduction="none")
+    ce[is_mask] = F.cross_entropy(model.unembed(h[is_mask]).float(), x[is_mask], reduction="none")
     # 4. weigh by 1 / t
     part = weight * ce / t.clamp(min=1e-9).to(x.device)[:, None]
     loss = part.sum() / total.clamp(min=1e-9)  # (E1)
@@ -843,7 +843,7 @@ def sample_ar(model, cfg, n, g, prompt=None, trace=None):
     new, i = x[:, :P], P - 1
     for i in range(P, room):
         seen = sees(P + 1, 0).to(device) if i == P else None
-        logits = model.say(model.trunk(new, seen, past)[:, -1])[:, :cfg.vocab_size]
+        logits = model.unembed(model.trunk(new, seen, past)[:, -1])[:, :cfg.vocab_size]
         if cfg.repetition_penalty != 1:
             used = torch.zeros(logits.shape, device=device).scatter(1, x[:, :i], 1.0).bool()
             logits = penalize(logits, used, cfg)

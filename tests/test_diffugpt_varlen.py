@@ -75,12 +75,12 @@ class Spy(nn.Module):
         self.given.append((idx, seen))
         return self.model.aligned(idx, seen)
 
-    def say(self, h):
-        return self.model.say(h)
+    def unembed(self, h):
+        return self.model.unembed(h)
 
     def forward(self, idx, where=None, seen=None):
         h = self.aligned(idx, seen)
-        return self.say(h if where is None else h[where])
+        return self.unembed(h if where is None else h[where])
 
 
 class Oracle(nn.Module):
@@ -99,7 +99,7 @@ class Oracle(nn.Module):
         each = F.one_hot(known, self.outputs).double()
         return (torch.einsum("bn,ntv->btv", fits, each) + 1e-30).log()
 
-    def say(self, h):
+    def unembed(self, h):
         return h
 
     def forward(self, idx, where=None, seen=None):

@@ -101,7 +101,7 @@ class Oracle(nn.Module):
     def aligned(self, idx, seen=None):
         return self(idx, None, seen)
 
-    def say(self, h):
+    def unembed(self, h):
         return h
 
     def filled(self):
@@ -140,7 +140,7 @@ class Script(nn.Module):
     def aligned(self, idx, seen=None):
         return self(idx, None, seen)
 
-    def say(self, h):
+    def unembed(self, h):
         return h
 
 
