@@ -6,7 +6,6 @@ Method: DiffuGPT (Gong et al. 2024, arXiv 2410.17891): masked diffusion from the
     python diffugpt_varlen.py sample --prompt "Once upon a time" --n 3 --trace
     python diffugpt_varlen.py eval  bound, lengths, samples of every canvas [--bench cloze:FILE]
     python diffugpt_varlen.py --init-from gpt2 --tokenizer gpt2 --data fineweb --optimizer adamw
-        --lr 3e-4 --seq-len 512 --rows docs
 
 Equations. x = text, EOS, PAD, PAD ...; L the position of EOS; M the mask; i a position of a row.
     (E1)  NELBO = sum_{n=1..T} (1/n) E_{|A|=n} sum_{i in A} -log p(x_i | x_t) >= -log p(x_0)
