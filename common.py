@@ -726,6 +726,9 @@ def plot_quality(path, rows, real, key="order", cost="nfe", what="network calls"
                               color=drawn.get_color(), lw=0)
         axes.axhline(real[name], ls="--", color="gray", label="real text")
         axes.set(ylabel=label, xscale="log")
+        if cost != "nfe":  # not the same for all lines
+            x = [2 ** n for n in range(20) if min(r[cost] for r in rows) <= 2 ** n
+                 <= max(r[cost] for r in rows)]
         axes.set_xticks(x, [f"{n:.0f}" for n in x])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
