@@ -571,10 +571,10 @@ def sees(T, ratio, g=None):
 
 def corrupt(x, cfg, g):
     """Mask canvases x (B, T): xt, is_mask and maskable (whether a position may be masked), (B, T),
-    and the level t (B,) = masked / maskable. Levels are on a comb over the batch, subsets of a size all
-    alike. Kinds of rows: any; cond and tail with a prompt; tail rows hide all the rest, pin rows
-    all but the EOS. A prompt's length must not tell where its row ends: it is drawn from 1 to T / 2
-    whatever the row, and a row that is shorter than its prompt is left out."""
+    and the level t (B,) = masked / maskable. Levels are on a comb over the batch, subsets of a size
+    all alike. Kinds of rows: any; cond and tail with a prompt; tail rows hide all the rest, pin
+    rows all but the EOS. A prompt's length must not tell where its row ends: it is drawn from 1 to
+    T / 2 whatever the row, and a row that is shorter than its prompt is left out."""
     (B, T), V = x.shape, cfg.vocab_size
     # 1. a level for each row, a kind, a prompt
     t = 1 - (torch.arange(B) / B + torch.rand(1, generator=g)) % 1  # in (0, 1]
