@@ -649,7 +649,8 @@ def plot_loss(path, rows):
         top.axhline(floor, ls="--", color="tab:green", label=f"entropy {floor:.3f}")
     bottom.plot([r["step"] for r in train], [r["loss"] for r in train], lw=0.6, color="tab:gray",
                 label="training loss")
-    bottom.set(xlabel="step", ylabel="nats per position in the loss", yscale="log")
+    bottom.set(xlabel="step", ylabel="nats per position in the loss",
+               yscale="log" if any(row["loss"] > 0 for row in train) else "linear")
     for axes in (top, bottom):
         if axes.get_yscale() == "log":
             low, high = axes.get_ylim()
