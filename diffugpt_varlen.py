@@ -2,7 +2,7 @@
 
 Method: DiffuGPT (Gong et al. 2024, arXiv 2410.17891): masked diffusion from the weights of a GPT.
 
-    python diffugpt_varlen.py       6 minutes, 2 CPU cores: <= 2.04 nats/token (entropy 0.91)
+    python diffugpt_varlen.py       5 minutes, 2 CPU cores: <= 1.95 nats/token (entropy 0.91)
     python diffugpt_varlen.py sample --prompt "Once upon a time" --n 3 --trace
     python diffugpt_varlen.py eval  bound, lengths, samples of every canvas [--bench cloze:FILE]
     python diffugpt_varlen.py --init-from gpt2 --tokenizer gpt2 --data fineweb --optimizer adamw
