@@ -126,10 +126,10 @@ def test_the_readme_shows_the_leak_of_the_original_process():
                                                                                        "| |")
 
 
-def test_the_readme_shows_what_canvases_cost_and_give():
+@pytest.mark.parametrize("path", [p for p in EVALS if "varlen" in p.stem], ids=lambda p: p.stem)
+def test_the_readme_shows_what_canvases_cost_and_give(path):
     """`| canvas | k | tokens through the network per token of text | of full | valid | known |
     entropy | judge |`, means over seeds."""
-    path = ROOT / "results/diffugpt_varlen_eval.jsonl"
     made, = rows(path, "config")
     assert made["eval"].startswith("diffugpt_varlen.py eval") and "data_dir" not in made["config"]
     samples, shown = rows(path, "samples"), 0
@@ -144,7 +144,7 @@ def test_the_readme_shows_what_canvases_cost_and_give():
         line = (f"| {canvas} | {k} | {row['per_token']:.1f} | {share:.2f} | {row['valid']:.2f} | "
                 f"{row['known']:.2f} | {row['entropy']:.2f} | {row['judge']:.2f} |")
         shown += line in README
-    assert shown >= 15
+    assert shown == len(mean) >= 10
 
 
 def test_the_readme_shows_what_the_parts_of_the_adaptation_are_worth():
