@@ -321,6 +321,12 @@ def test_what_the_noisy_input_scripts_share_has_the_same_text(key):
     assert pieces("dit_embed")[key] == pieces("bit_diffusion")[key]
 
 
+@pytest.mark.parametrize("key", ["CERTAINTY", "best"])
+def test_what_the_masked_scripts_share_has_the_same_text(key):
+    """Which positions are revealed first."""
+    assert pieces("mdlm")[key] == pieces("diffugpt_varlen")[key]
+
+
 @each
 def test_every_listed_difference_still_exists(name):
     ar, other = pieces("ar"), pieces(name)
