@@ -147,8 +147,14 @@ PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256,
 SHAPE = ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd", "rows")  # fixed by a checkpoint
 METHOD = ("head", "parts", "code", "skip", "input", "cond")  # so are these
 FAST = dict(clock="maxprob", sampling_steps=64, temperature=0.3)
-# FAST is what sample and eval do unless told otherwise: most valid tales in 64 calls, see LOG.md.
+# FAST is how samples are drawn unless told otherwise: most valid tales in 64 calls, see LOG.md.
 # The defaults above are the law that the likelihoods are about.
+
+
+def fast(cfg):
+    """cfg with FAST wherever it has the defaults: how samples are drawn unless told otherwise."""
+    return dataclasses.replace(cfg, **{
+        k: v for k, v in FAST.items() if getattr(cfg, k) == getattr(Config, k)})
 
 # ----------------------------------------------------------------------------------------------
 # 2. data
@@ -841,6 +847,7 @@ def unigram_nll(cfg):
 
 def grade(run, model, cfg, step, n=64):
     """Draw n samples from the model and let the run judge, log and show them."""
+    cfg = fast(cfg)
     trace, clock = [], time.time()
     with run.amp:
         x, info = sample(model, cfg, n, torch.Generator().manual_seed(cfg.seed), trace=trace)
@@ -1030,8 +1037,7 @@ def main(argv):
         return train(cfg) and None
     stored = common.load_config(Config, out)  # flags are laid over what the run was made with
     if command != "train":
-        stored = dataclasses.replace(stored, **{
-            k: v for k, v in FAST.items() if getattr(stored, k) == getattr(Config, k)})
+        stored = fast(stored)
     cfg = common.parse(Config, PRESETS, argv, __doc__, default=stored)
     if command == "train":
         return train(cfg) and None

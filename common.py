@@ -4,8 +4,10 @@ If removing a line from this file would leave a reader unsure what a *method* do
 the wrong file: schedules, corruption, losses, samplers, optimizers and training loops live in the
 method scripts.
 """
+import ast
 import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import io
 import json
@@ -17,6 +19,7 @@ import signal
 import sys
 import textwrap
 import time
+import tokenize
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -357,6 +360,7 @@ class Run:
                      dtype=self.dtype, threads=torch.get_num_threads(), processes=self.world,
                      torch=torch.__version__, machine=machine(self.device),
                      parameters=sum(p.numel() for p in model.parameters()),
+                     code=code_of(sys.modules[type(self.cfg).__module__].__file__),
                      tokenizer=tokenizer.fingerprint)
         replace(self.out / "tokenizer.json", lambda p: p.write_text(json.dumps(tokenizer.spec)))
         replace(self.out / "config.json", lambda p: p.write_text(
@@ -378,6 +382,21 @@ def replace(path, write):
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def code_of(path):
+    """A fingerprint of a script that its comments and docstrings do not change."""
+    text = Path(path).read_text("utf-8")
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            lines[token.start[0] - 1] = lines[token.start[0] - 1][:token.start[1]]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            lines[node.body[0].lineno - 1:node.body[0].end_lineno] = \
+                [""] * (node.body[0].end_lineno - node.body[0].lineno + 1)
+    kept = "\n".join(line.rstrip() for line in lines if line.strip())
+    return hashlib.sha256(kept.encode()).hexdigest()[:16]
 
 
 def last_line(error):

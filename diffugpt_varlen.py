@@ -209,6 +209,12 @@ NOT_HERE = dict(
     run_name="give save_dir")
 
 
+def fast(cfg):
+    """cfg with FAST wherever it has the defaults: how samples are drawn unless told otherwise."""
+    return dataclasses.replace(cfg, **{
+        k: v for k, v in FAST.items() if getattr(cfg, k) == getattr(Config, k)})
+
+
 def read_config(path):
     """A JSON file of settings, // and /* */ comments allowed -> (dict for Config, list of every
     problem: unknown names, wrong types). Its names are those of Config, or OTHER_NAMES."""
@@ -1155,6 +1161,7 @@ def grade(run, model, cfg, step, n=64):
         for kind, row in rows:
             run.log(kind, step, **row)
         say_lengths(run, rows, cfg.q)
+    cfg = fast(cfg)
     trace, clock = [], time.time()
     with run.amp:
         x, info = sample(model, cfg, n, torch.Generator().manual_seed(cfg.seed), trace=trace)
@@ -1440,8 +1447,7 @@ def main(argv):
         return train(cfg) and None
     stored = common.load_config(Config, out)  # flags are laid over what the run was made with
     if command != "train":
-        stored = dataclasses.replace(stored, **{
-            k: v for k, v in FAST.items() if getattr(stored, k) == getattr(Config, k)})
+        stored = fast(stored)
     cfg = common.parse(Config, PRESETS, argv, __doc__, default=stored, read=read_config)
     if command == "train":
         return train(cfg) and None

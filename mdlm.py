@@ -137,8 +137,15 @@ PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256,
                medium=dict(n_layer=12, n_head=12, n_embd=768, seq_len=512, lr=1e-3))
 SHAPE = ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd", "rows")  # fixed by a checkpoint
 FAST = dict(order="maxprob", sampling_steps=32, temperature=0.5, remask="conf", remask_eta=1.0)
-# FAST is what sample and eval do unless told otherwise: most valid tales in 16 and in 32 calls, see
+# FAST is how samples are drawn unless told otherwise: most valid tales in 16 and in 32 calls, see
 # LOG.md. The defaults above are the law that the likelihoods are about, one token a call.
+
+
+def fast(cfg):
+    """cfg with FAST wherever it has the defaults: how samples are drawn unless told otherwise."""
+    return dataclasses.replace(cfg, **{
+        k: v for k, v in FAST.items() if getattr(cfg, k) == getattr(Config, k)
+        and not (k.startswith("remask") and cfg.quota == "threshold")})
 
 # ----------------------------------------------------------------------------------------------
 # 2. data
@@ -783,6 +790,7 @@ def unigram_nll(cfg):
 
 def grade(run, model, cfg, step, n=64):
     """Draw n samples from the model and let the run judge, log and show them."""
+    cfg = fast(cfg)
     trace, clock = [], time.time()
     with run.amp:
         x, info = sample(model, cfg, n, torch.Generator().manual_seed(cfg.seed), trace=trace)
@@ -952,8 +960,7 @@ def main(argv):
         return train(cfg) and None
     stored = common.load_config(Config, out)  # flags are laid over what the run was made with
     if command != "train":
-        stored = dataclasses.replace(stored, **{
-            k: v for k, v in FAST.items() if getattr(stored, k) == getattr(Config, k)})
+        stored = fast(stored)
     cfg = common.parse(Config, PRESETS, argv, __doc__, default=stored)
     if command == "train":
         return train(cfg) and None

@@ -145,8 +145,14 @@ PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256,
 SHAPE = ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd", "rows")  # fixed by a checkpoint
 METHOD = ("process", "state", "attention", "skip", "swap")  # so are these
 FAST = dict(clock="revise", sampler="deterministic", sampling_steps=32, temperature=0.2)
-# FAST is what sample and eval do unless told otherwise: most valid tales in 32 calls, see LOG.md.
+# FAST is how samples are drawn unless told otherwise: most valid tales in 32 calls, see LOG.md.
 # The defaults above are the law that the likelihoods are about.
+
+
+def fast(cfg):
+    """cfg with FAST wherever it has the defaults: how samples are drawn unless told otherwise."""
+    return dataclasses.replace(cfg, **{
+        k: v for k, v in FAST.items() if getattr(cfg, k) == getattr(Config, k)})
 
 # ----------------------------------------------------------------------------------------------
 # 2. data
@@ -842,6 +848,7 @@ def unigram_nll(cfg):
 
 def grade(run, model, cfg, step, n=64):
     """Draw n samples from the model and let the run judge, log and show them."""
+    cfg = fast(cfg)
     trace, clock = [], time.time()
     with run.amp:
         x, info = sample(model, cfg, n, torch.Generator().manual_seed(cfg.seed), trace=trace)
@@ -1091,8 +1098,7 @@ def main(argv):
         return train(cfg) and None
     stored = common.load_config(Config, out)  # flags are laid over what the run was made with
     if command != "train":
-        stored = dataclasses.replace(stored, **{
-            k: v for k, v in FAST.items() if getattr(stored, k) == getattr(Config, k)})
+        stored = fast(stored)
     cfg = common.parse(Config, PRESETS, argv, __doc__, default=stored)
     if command == "train":
         return train(cfg) and None
