@@ -1,0 +1,711 @@
+"""Six ways to model text at one budget of tokens: one table, and what its numbers may say.
+
+    python compare.py --budget quick        a minute: does everything work? nothing is learnt
+    python compare.py                       the README's table: 18 runs, hours on 2 CPU cores
+    python compare.py --budget full         preset small, 10000 steps: for a GPU
+    python compare.py table                 tables, pages and figures anew from the results
+    python compare.py film                  the six methods write a story each, side by side
+
+Every method gets the same tokens of the same data, in its default configuration, and is measured on
+the same test documents with the same positions charged. Nothing here is a model: each run is the
+command of a script that stands in its row, and n-gram models, whose counts need no training, say
+what is left to learn. An interrupted comparison goes on where it stopped; runs are kept in
+out/compare/, and only those are made again whose script or settings have changed.
+
+Kinds of numbers: `=` is an exact likelihood, `<=` an upper bound on one (part of the difference of
+the two may be the looseness of the bound), and marks of samples are no likelihood at all.
+"""
+import argparse
+import dataclasses
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import common
+from common import UserError
+
+ROOT = Path(__file__).parent
+IDEAS = {  # in the order of the tables
+    "ar": "predict each token from the ones before it",
+    "mdlm": "hide tokens, learn to say what was hidden",
+    "dit_embed": "blur each word's vector, learn to name it",
+    "bit_diffusion": "flip bits of token codes, learn them back",
+    "sdd": "k weighted candidates a position, settled by evidence",
+    "diffugpt_varlen": "a GPT becomes a diffusion model, length known first",
+}
+BUDGETS = dict(  # settings of every run; test documents, samples, calls of the few-step frontier
+    quick=dict(run=dict(steps=32, eval_every=32, n_layer=1, n_head=2, n_embd=64, device="cpu"),
+               seeds=(1337,), test=16, n=4, frontier=(8,)),
+    standard=dict(run=dict(steps=1600), seeds=(1337, 1338, 1339), test=256, n=64,
+                  frontier=(4, 8, 16, 32, 64)),
+    full=dict(run=dict(preset="small", steps=10000, batch_size=64, eval_every=500),
+              seeds=(1337,), test=500, n=64, frontier=(4, 8, 16, 32, 64)),
+)
+MARKS = ("valid", "prefix", "known", "agree", "nll_valid", "entropy", "distinct_2", "repetition")
+SIGN = dict(exact="=", upper="<=")
+
+
+# -------------------------------------------------------------------------------------- the runs
+
+def settings(name, budget, seed):
+    """The flags of one run. A model adapted from a parent shares the budget with it, 5 to 11."""
+    run = dict(BUDGETS[budget]["run"], seed=seed, out=f"out/compare/{budget}/{name}_{seed}")
+    if name == "diffugpt_varlen":
+        run["parent_steps"] = run["steps"] * 5 // 16
+        run["steps"] -= run["parent_steps"]
+    return run
+
+
+def config(name, run):
+    """The Config that the command of a run makes."""
+    script = importlib.import_module(name)
+    return script.Config(**{**script.PRESETS[run.get("preset", "tiny")], **run})
+
+
+def is_made(name, run):
+    """Is the run's checkpoint there, complete, of these settings and of today's script?"""
+    out = Path(run["out"])
+    if not (out / "config.json").exists():
+        return False
+    made = json.loads((out / "config.json").read_text())
+    same = all(made["config"].get(k) == v for k, v in dataclasses.asdict(config(name, run)).items()
+               if k not in ("resume", "data_dir", "vocab_size", "eos", "bos", "rows", "device"))
+    if not same or made["run"].get("code") != common.code_of(ROOT / f"{name}.py"):
+        return False
+    return made["run"]["step"] == run["steps"] or "unfinished"
+
+
+def train(name, run):
+    """Run the script's own command in this process; a run that was interrupted goes on."""
+    made = is_made(name, run)
+    if made is True:
+        return
+    argv = [f"--{k.replace('_', '-')}={v}" for k, v in run.items()
+            if getattr(importlib.import_module(name).Config, k) != v]
+    argv += ["--resume"] if made else []
+    print(f"\n$ python {name}.py {' '.join(argv)}", flush=True)
+    before, sys.argv = sys.argv, [f"{name}.py", *argv]
+    try:
+        importlib.import_module(name).main(argv)
+    finally:
+        sys.argv = before
+
+
+# ---------------------------------------------------------------------------------- measurements
+
+def load(name, run):
+    """(script, model, Config) of a finished run."""
+    script, out = importlib.import_module(name), Path(run["out"])
+    cfg = script.fill_in(common.load_config(script.Config, out))
+    device = common.pick_device("auto" if cfg.device == "auto" else cfg.device)
+    model = script.Model(cfg).to(device).requires_grad_(False)
+    common.load_weights(model, out)
+    return script, model, cfg
+
+
+def draw(script, model, cfg, n, judge, seen):
+    """n samples under cfg and what they are worth; `novel` is the share that is no training
+    document. Returns a row, the ids (n, T) and the texts."""
+    tokenizer, clock = script.open_data(cfg.data_dir).tokenizer, time.time()
+    x, info = script.sample(model, cfg, n, torch.Generator().manual_seed(cfg.seed))
+    seconds, rows = time.time() - clock, common.tokens_of(x, cfg)
+    row = dict(calls=info["nfe"], seconds=seconds, temperature=cfg.temperature,
+               length=sum(map(len, rows)) / n,
+               novel=sum(tuple(r) not in seen for r in rows) / n,
+               **common.measure(x, cfg, tokenizer, judge))
+    return row, rows, [tokenizer.decode(r) for r in rows]
+
+
+def one_token(script, model, cfg, n):
+    """Accuracy of filling one hidden token of each of n test documents at temperature 0. ar.py sees
+    the left side only, the others both."""
+    x0 = script.get_eval_rows("test", cfg, n)[0]
+    g = torch.Generator().manual_seed(0)
+    size = (x0 != cfg.eos).cumprod(1).sum(1).clamp(min=1)
+    at = (torch.rand(len(x0), generator=g) * size).long()
+    device = next(model.parameters()).device
+    if script.NAME == "ar":
+        said = torch.cat([script.infill_left(model, row[None].to(device), int(i), cfg).argmax(1)
+                          for row, i in zip(x0, at)]).cpu()
+    else:
+        greedy = dataclasses.replace(cfg, temperature=0.0, sampling_steps=16)
+        start = x0.scatter(1, at[:, None], cfg.vocab_size).to(device)
+        x, _ = script.sample(model, greedy, len(x0), g, start=start)
+        said = x.cpu().gather(1, at[:, None])[:, 0]
+    return (said == x0.gather(1, at[:, None])[:, 0]).float().mean().item()
+
+
+def train_documents(script, cfg):
+    """The training documents as a set of tuples of ids, to see what a model repeats."""
+    ids, offsets, _ = script.open_data(cfg.data_dir).train
+    ids = np.asarray(ids)
+    return {tuple(ids[a:b][ids[a:b] != cfg.eos].tolist()) for a, b in zip(offsets, offsets[1:])}
+
+
+@torch.no_grad()
+def measure(name, budget, seed):
+    """Everything that is measured of one run, as one row; kept beside the run."""
+    run, plan = settings(name, budget, seed), BUDGETS[budget]
+    kept = Path(run["out"]) / "row.json"
+    key = dict(code=common.code_of(ROOT / f"{name}.py"), test=plan["test"], n=plan["n"],
+               frontier=plan["frontier"])
+    if kept.exists():
+        row = json.loads(kept.read_text())
+        if row["key"] == json.loads(json.dumps(key)) and is_made(name, run) is True:
+            return row
+    script, model, cfg = load(name, run)
+    out = Path(run["out"])
+    made = json.loads((out / "config.json").read_text())
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [row for row in log if row["kind"] == "train"]
+    first = settings("ar", budget, plan["seeds"][0])
+    judge = None if (name, run["out"]) == ("ar", first["out"]) else load("ar", first)
+    seen = train_documents(script, cfg)
+    row = dict(kind="run", name=name, seed=seed, key=key, code=made["run"]["code"],
+               command=f"python {made['run']['command']}", parameters=made["run"]["parameters"],
+               config={k: v for k, v in made["config"].items() if k not in ("data_dir", "out")},
+               **{k: made["run"][k] for k in ("torch", "machine", "threads", "dtype")},
+               tokens=budget_tokens(budget), train_seconds=steps[-1]["seconds"],
+               tok_s=sorted(r["tok_s"] for r in steps)[len(steps) // 2])
+    row["curve"] = [[r["tokens"], r["nats_per_doc"], r["se"]] for r in log if r["kind"] == "val"]
+    with common.precision(next(model.parameters()).device, cfg.dtype)[0]:
+        row["test"] = script.evaluate(model, cfg, "test", plan["test"])
+        row["one_token"] = one_token(script, model, cfg, plan["n"] * 2)
+        # as the network is: the law that the likelihood is about, one token a call
+        own = dataclasses.replace(cfg, n=plan["n"])
+        row["own"], rows, _ = draw(script, model, own, plan["n"], judge, seen)
+        row["lengths"] = [len(r) for r in rows]
+        # as `sample` draws; ar.py has no such setting and gets the temperature of most others
+        fast = script.fast(own) if hasattr(script, "fast") else dataclasses.replace(
+            own, temperature=0.5)
+        row["fast"], _, row["stories"] = draw(script, model, fast, plan["n"], judge, seen)
+        row["stories"] = row["stories"][:2]
+        row["frontier"], row["steps_bound"] = [], []
+        for calls in plan["frontier"] if seed == plan["seeds"][0] and name != "ar" else ():
+            some = dataclasses.replace(fast, sampling_steps=calls)
+            row["frontier"].append(draw(script, model, some, plan["n"], judge, seen)[0])
+            if hasattr(script, "nelbo_steps"):
+                x0 = script.get_eval_rows("test", cfg, plan["n"])[0]
+                x0 = x0.to(next(model.parameters()).device)
+                nats = script.nelbo_steps(model, x0, cfg, torch.Generator().manual_seed(0), calls)
+                nats = nats.cpu().double()
+                row["steps_bound"].append([calls, nats.mean().item(), common.se(nats)])
+    common.replace(kept, lambda p: p.write_text(json.dumps(row)))
+    print(f"{name} {seed}: test {common.report(row['test'])}", flush=True)
+    return row
+
+
+def budget_tokens(budget):
+    """Positions of rows that every run of a budget sees."""
+    cfg = config("ar", settings("ar", budget, 0))
+    return cfg.steps * cfg.batch_size * cfg.grad_accum * cfg.seq_len
+
+
+# ------------------------------------------------------------------------------ what needs no net
+
+class NGram:
+    """Interpolated n-gram model of rows (N, T) of documents: p(x | c) = sum_j w_j p_j, where p_0 is
+    uniform, p_j counts the last j - 1 tokens' successors, and is p_{j-1} where those tokens were
+    never seen; the weights w_j maximize the likelihood of other rows (EM). Exact likelihoods."""
+
+    def __init__(self, order, rows, others, cfg):
+        self.order, self.V, self.eos = order, cfg.vocab_size, cfg.eos
+        self.grams, self.weights = [], np.full(order + 1, 1 / (order + 1))
+        context, token = self.split(rows)
+        for j in range(1, order + 1):
+            before = self.pack(context[:, order - j:])
+            self.grams.append([np.unique(before * self.V + token, return_counts=True),
+                               np.unique(before, return_counts=True)])
+        parts = self.parts(*self.split(others))
+        for _ in range(50):
+            share = parts * self.weights
+            self.weights = (share / share.sum(1, keepdims=True)).mean(0)
+
+    def split(self, rows):
+        """Charged tokens of rows, and before each the order - 1 tokens seen; V stands for BOS."""
+        rows = np.asarray(rows)
+        charged = (rows == self.eos).cumsum(1) - (rows == self.eos) == 0  # the first EOS too
+        wide = np.pad(rows, ((0, 0), (self.order - 1, 0)), constant_values=self.V)
+        context = np.stack([wide[:, j:j + rows.shape[1]] for j in range(self.order - 1)] +
+                           [np.zeros_like(rows)], -1)
+        return context[charged][:, :-1], rows[charged]
+
+    def pack(self, context):
+        """Contexts (n, j - 1) as one number each."""
+        out = np.zeros(len(context), np.int64)
+        for column in context.T[-(self.order - 1):] if context.shape[1] else ():
+            out = out * (self.V + 1) + column
+        return out
+
+    def parts(self, context, token):
+        """p_0 ... p_order of tokens (n,) after contexts (n, order - 1): (n, order + 1)."""
+        def count(table, keys):
+            at = np.searchsorted(table[0], keys).clip(max=len(table[0]) - 1)
+            return np.where(table[0][at] == keys, table[1][at], 0)
+        out = [np.full(len(token), 1 / self.V)]
+        for j, (grams, contexts) in enumerate(self.grams, 1):
+            before = self.pack(context[:, self.order - j:])
+            total = count(contexts, before)
+            p = count(grams, before * self.V + token) / np.maximum(total, 1)
+            out.append(np.where(total > 0, p, out[-1]))
+        return np.stack(out, 1)
+
+    def nll(self, rows):
+        """Exact nats per row: (N,)."""
+        rows = np.asarray(rows)
+        context, token = self.split(rows)
+        nats = -np.log(self.parts(context, token) @ self.weights)
+        charged = (rows == self.eos).cumsum(1) - (rows == self.eos) == 0
+        return np.bincount(np.nonzero(charged)[0], nats, len(rows))
+
+    def sample(self, n, T, g):
+        """n rows of at most T tokens, EOS-filled: (n, T)."""
+        x = np.full((n, T + self.order - 1), self.V)
+        for i in range(self.order - 1, T + self.order - 1):
+            context = np.repeat(x[:, i - self.order + 1:i], self.V, 0)
+            p = self.parts(context, np.tile(np.arange(self.V), n)) @ self.weights
+            x[:, i] = torch.multinomial(torch.from_numpy(p).view(n, -1), 1, generator=g)[:, 0]
+        x = torch.from_numpy(x[:, self.order - 1:])
+        return x.masked_fill((x == self.eos).cumsum(1) > 0, self.eos)
+
+
+def baselines(budget):
+    """Rows of what stands beside every model: the corpus itself, no model, counts of tokens and of
+    three in a row. The counts see as many documents as a run."""
+    kept = Path(f"out/compare/{budget}/baselines.json")
+    plan, first = BUDGETS[budget], settings("ar", budget, BUDGETS[budget]["seeds"][0])
+    key = dict(test=plan["test"], n=plan["n"], code=common.code_of(ROOT / "compare.py"))
+    if kept.exists() and json.loads(kept.read_text())[0]["key"] == key:
+        return json.loads(kept.read_text())
+    judge = script, _, cfg = load("ar", first)
+    x0, floor = script.get_eval_rows("test", cfg, plan["test"])
+    tokenizer = script.open_data(cfg.data_dir).tokenizer
+    lengths = [len(r) for r in common.tokens_of(script.get_eval_rows("val", cfg, 1000)[0], cfg)]
+    count = sum(len(r) + 1 for r in common.tokens_of(x0, cfg))
+    seen = train_documents(script, cfg)
+
+    def row(name, idea, nats, x):
+        nats = torch.as_tensor(nats).double()
+        out = dict(kind="baseline", name=name, idea=idea, key=key, lengths=lengths, test=dict(
+            bound="exact", rows=len(x0), nats_per_doc=nats.mean().item(), se=common.se(nats),
+            floor_per_doc=floor.mean().item(), gap=(nats - floor).mean().item(),
+            gap_se=common.se(nats - floor), nats_per_token=nats.sum().item() / count))
+        if x is not None:
+            texts = common.tokens_of(x, cfg)
+            out["own"] = dict(common.measure(x, cfg, tokenizer, judge),
+                              novel=sum(tuple(r) not in seen for r in texts) / len(texts),
+                              length=sum(map(len, texts)) / len(texts))
+            out["stories"] = [tokenizer.decode(r) for r in texts[:2]]
+        return out
+
+    size = np.array([len(r) + 1 for r in common.tokens_of(x0, cfg)])
+    many = min(cfg.steps * cfg.batch_size * cfg.grad_accum,
+               len(script.open_data(cfg.data_dir).train[1]) - 1)
+    rows, others = script.take("train", cfg, np.arange(many)), script.get_eval_rows(
+        "val", cfg, 512)[0]
+    out = [row("real", "its grammar, read as a probability", floor, x0[:plan["n"]]),
+           row("uniform", "every token alike", size * math.log(cfg.vocab_size), None)]
+    for name, order, idea in (("unigram", 1, "how often a token occurs"),
+                              ("3-gram", 3, "the last two tokens, counted")):
+        model = NGram(order, rows, others, cfg)
+        x = model.sample(plan["n"], cfg.seq_len, torch.Generator().manual_seed(cfg.seed))
+        out.append(row(name, idea, model.nll(x0), x))
+    common.replace(kept, lambda p: p.write_text(json.dumps(out)))
+    return out
+
+
+# ------------------------------------------------------------------------------- tables and pages
+
+def means(rows):
+    """Rows of one method, a row a seed -> what the tables show: means over seeds."""
+    def mean(*path):
+        found = []
+        for row in rows:
+            for key in path:
+                row = row[key] if row is not None else None
+            found += [row] if row is not None else []
+        return sum(found) / len(found) if found else None
+    first = rows[0]
+    parts = ("own", "fast") if first["kind"] == "run" else ("own",) if "own" in first else ()
+    marks = ("calls", "seconds", "judge", "novel", "length", *MARKS)
+    return dict(
+        name=first["name"], seeds=len(rows), bound=first["test"]["bound"],
+        test={k: mean("test", k) for k in first["test"] if k != "bound"},
+        range=[f(row["test"]["nats_per_doc"] for row in rows) for f in (min, max)],
+        **{part: {k: mean(part, k) for k in marks if k in first[part]} for part in parts},
+        **{k: mean(k) for k in ("one_token", "tok_s", "train_seconds", "parameters") if k in first})
+
+
+def cell(value, digits=2):
+    """A number for a table; what was not measured stays empty."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def text_of(path):
+    return path.read_text("utf-8") if path.exists() else ""
+
+
+def stale(rows):
+    """A mark for results that an earlier version of the script made."""
+    return "†" if any(row["code"] != common.code_of(ROOT / f"{row['name']}.py")
+                      for row in rows if row["kind"] == "run") else ""
+
+
+def tables(results):
+    """The rows of a results file -> {name: Markdown}: `table`, the README's, and `details`."""
+    groups = {}
+    for row in results[1:]:
+        groups.setdefault(row["name"], []).append(row)
+    known = {name: means(rows) for name, rows in groups.items()}
+    lines = []
+    notebooks = {p.stem[3:]: p.stem[:2] for p in (ROOT / "notebooks").glob("*.ipynb")}
+    notebooks["real"] = notebooks.get("tales", "00")
+    for name, row in known.items():
+        sample = row.get("fast") or row.get("own") or {}
+        number = notebooks.get(name)
+        link = f"[{number}](notebooks/{number}_{'tales' if name == 'real' else name}.ipynb)"
+        label = {"real": "*the corpus itself*"}.get(name, f"*{name}*")
+        if name in IDEAS:
+            label = f"[`{name}.py`]({name}.py)"
+        idea = IDEAS.get(name, groups[name][0].get("idea"))
+        count = str(len(text_of(ROOT / f"{name}.py").splitlines())) if name in IDEAS else ""
+        lines.append([label + stale(groups[name]), count, idea if name in IDEAS else f"*{idea}*",
+                      {"exact": "exact", "upper": "upper bound"}[row["bound"]],
+                      f"{SIGN[row['bound']]} {row['test']['nats_per_token']:.3f}",
+                      cell(sample.get("valid")), cell(sample.get("known")),
+                      cell(row.get("fast", {}).get("calls"), 0), link if number else ""])
+    table = markdown("script | lines | idea in eight words | likelihood | nats/token on tales | "
+                     "valid | known | calls | notebook", lines)
+    lines = []
+    for name, row in known.items():
+        test, sign = row["test"], SIGN[row["bound"]]
+        label = f"`{name}.py`" if name in IDEAS else f"*{name}*"
+        spread = f" ({row['range'][0]:.1f} to {row['range'][1]:.1f})" if row["seeds"] > 1 else ""
+        lines.append([
+            label, str(row["seeds"]) if name in IDEAS else "",
+            f"{sign} {test['nats_per_doc']:.1f} ± {test['se']:.1f}{spread}",
+            "" if name == "real" else f"{sign} {test['gap']:.1f} ± {test['gap_se']:.1f} "
+            f"({test['gap'] / test['floor_per_doc']:+.0%})",
+            cell(row.get("one_token")), cell(row.get("parameters") and row["parameters"] / 1e6),
+            f"{row['tok_s']:,.0f}" if "tok_s" in row else ""])
+    details = markdown("method | seeds | nats per story | above the truth (paired) | "
+                       "one hidden token | parameters, M | training, tokens/s", lines)
+    lines = []
+    for name, row in known.items():
+        for part in ("own", "fast"):
+            marks = row.get(part)
+            if marks:
+                label = f"`{name}.py`" if name in IDEAS else f"*{name}*"
+                how = ("temperature 0.5" if name == "ar" else "as `sample` draws") \
+                    if part == "fast" else "as the network is" if name in IDEAS else ""
+                lines.append([label, how, cell(marks.get("calls"), 0), *(
+                    cell(marks.get(k)) for k in ("valid", "known", "agree")),
+                    cell(marks.get("nll_valid"), 1), cell(marks.get("entropy")),
+                    cell(marks.get("distinct_2")), cell(marks.get("judge")),
+                    cell(marks.get("novel")), cell(marks.get("length"), 0)])
+    samples = markdown("method | samples | calls | valid | known | agree | true nats of valid ones "
+                       "| entropy | distinct-2 | judge | new | tokens", lines)
+    return dict(table=table, details=details, samples=samples)
+
+
+def markdown(head, lines):
+    """A Markdown table."""
+    names = head.split(" | ")
+    return "\n".join("| " + " | ".join(line) + " |"
+                     for line in [names, ["---"] * len(names), *lines])
+
+
+def insert(page, parts):
+    """Put texts between the markers `<!-- compare: name -->` and `<!-- end -->` of a page."""
+    for name, text in parts.items():
+        begin = f"<!-- compare: {name} -->\n"
+        if begin in page:
+            head, _, rest = page.partition(begin)
+            page = f"{head}{begin}{text}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
+    return page
+
+
+def page(results):
+    """compare.md: what made the results, the tables, the figures, two stories of each method."""
+    made, parts = results[0], tables(results)
+    out = [f"# Six methods at one budget\n\nMade by `{made['command']}` from {made['tokens']:,} "
+           f"tokens a run, seeds {', '.join(map(str, made['seeds']))}, torch {made['torch']}, "
+           f"{made['machine']}, {made['dtype']}, {made['test']} test documents, {made['n']} "
+           "samples a row. `=` is exact, `<=` an upper bound; ± is a standard error over "
+           "documents, brackets are the least and most of the seeds.", "## Likelihood", parts["details"],
+           "![bound against tokens](compare_bound.png)", "## Samples", parts["samples"],
+           "![quality against calls](compare_quality.png)", "![marks](compare_samples.png)",
+           "![lengths](compare_length.png)", "![speed](compare_speed.png)",
+           "## Two stories of each, as they came",
+           "The first two samples of the first seed, drawn as `sample` draws them (`ar.py` at "
+           "temperature 0.5)."]
+    for row in results[1:]:
+        if row.get("stories") and row.get("seed", made["seeds"][0]) == made["seeds"][0]:
+            label = f"`{row['name']}.py`" if row["name"] in IDEAS else row["name"]
+            how = f" (seed {row['seed']}, {row['fast']['calls']} calls)" if "seed" in row else ""
+            out += [f"**{label}**{how}"] + [f"> {' '.join(s.split())}" for s in row["stories"]]
+    return "\n\n".join(out) + "\n"
+
+
+# ---------------------------------------------------------------------------------------- figures
+
+def new_figure(columns, height=3.6, width=9):
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def draw_figures(results, folder):
+    """The five figures of a results file."""
+    runs = {}
+    for row in results[1:]:
+        if row["kind"] == "run":
+            runs.setdefault(row["name"], []).append(row)
+    base = {row["name"]: row for row in results[1:] if row["kind"] == "baseline"}
+    real, color = base["real"], {name: f"C{i}" for i, name in enumerate(IDEAS)}
+    label = {name: f"{name}.py ({'exact' if name == 'ar' else 'bound'})" for name in IDEAS}
+
+    figure, (axes,) = new_figure(1, 4.6)
+    for name, rows in runs.items():
+        x = [point[0] for point in rows[0]["curve"]][1:]
+        y = np.array([[point[1] for point in row["curve"]][1:] for row in rows])
+        axes.plot(x, y.mean(0), marker="o", ms=3, color=color[name], label=label[name])
+        axes.fill_between(x, y.min(0), y.max(0), color=color[name], alpha=0.2, lw=0)
+    for name, style in (("unigram", ":"), ("3-gram", "-.")):
+        axes.axhline(base[name]["test"]["nats_per_doc"], ls=style, color="gray", label=name)
+    axes.axhline(real["test"]["nats_per_doc"], ls="--", color="black", label="true entropy")
+    axes.set(xlabel="tokens seen in training", ylabel="nats per story", yscale="log",
+             title="Likelihood against tokens: mean and range of the seeds")
+    low, high = axes.get_ylim()
+    ticks = [t for t in (80, 100, 130, 170, 220, 300, 400, 600, 800) if low < t < high]
+    axes.set_yticks(ticks, list(map(str, ticks)))
+    axes.minorticks_off()
+    axes.legend(fontsize=8, ncols=2)
+    axes.grid(alpha=0.3)
+    save(figure, folder / "compare_bound.png")
+
+    figure, panels = new_figure(3)
+    for axes, (mark, title) in zip(panels, (("valid", "share valid"), ("known", "known sentences"),
+                                            ("entropy", "entropy of words, nats"))):
+        for name, (row, *_) in runs.items():
+            points = sorted((p["calls"], p[mark]) for p in [*row["frontier"], row["fast"]])
+            axes.plot(*zip(*points), marker="o", ms=4, color=color[name], label=f"{name}.py")
+        axes.axhline(real["own"][mark], ls="--", color="black", label="test stories")
+        axes.set(xlabel="network calls", title=title, xscale="log")
+        axes.set_xticks((4, 8, 16, 32, 64, 128), (4, 8, 16, 32, 64, 128))
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=7)
+    save(figure, folder / "compare_quality.png")
+
+    figure, panels = new_figure(3)
+    kept = {name: means(rows) for name, rows in runs.items()}
+    for axes, mark, title in zip(panels, ("valid", "agree", "nll_valid"), (
+            "share valid", "sentences that agree", "true nats of valid stories")):
+        for part, shift, hatch in (("own", -0.2, ""), ("fast", 0.2, "//")):
+            axes.bar([i + shift for i in range(len(kept))],
+                     [row[part].get(mark) or 0 for row in kept.values()], 0.38, hatch=hatch,
+                     color=[color[name] for name in kept], edgecolor="white",
+                     label="as the network is" if part == "own" else "as sample draws")
+        axes.axhline(real["own"][mark], ls="--", color="black", label="test stories")
+        axes.set_xticks(range(len(kept)), kept, rotation=40, ha="right", fontsize=7)
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3, axis="y")
+    panels[0].legend(fontsize=7)
+    save(figure, folder / "compare_samples.png")
+
+    figure, (axes,) = new_figure(1)
+    bins = np.arange(0, max(real["lengths"]) + 11, 10)
+    axes.hist(real["lengths"], bins, density=True, color="lightgray", label="validation stories")
+    for name, rows in runs.items():
+        axes.hist(sum((row["lengths"] for row in rows), []), bins, density=True, histtype="step",
+                  color=color[name], label=f"{name}.py")
+    axes.set(xlabel="tokens of a story", ylabel="density", title="Lengths, as the network is")
+    axes.legend(fontsize=7)
+    save(figure, folder / "compare_length.png")
+
+    figure, panels = new_figure(2)
+    at = range(len(kept))
+    panels[0].bar(at, [row["tok_s"] for row in kept.values()], color=[color[n] for n in kept])
+    panels[0].set_title("training, tokens a second", fontsize=10)
+    for part, shift, hatch in (("own", -0.2, ""), ("fast", 0.2, "//")):
+        panels[1].bar([i + shift for i in at], [row[part]["seconds"] for row in kept.values()],
+                      0.38, hatch=hatch, color=[color[name] for name in kept], edgecolor="white",
+                      label="as the network is" if part == "own" else "as sample draws")
+    panels[1].set_title(f"seconds for {results[0]['n']} samples", fontsize=10)
+    panels[1].legend(fontsize=7)
+    for axes in panels:
+        axes.set_xticks(at, kept, rotation=30, ha="right", fontsize=8)
+        axes.grid(alpha=0.3, axis="y")
+    save(figure, folder / "compare_speed.png")
+
+
+def save(figure, path):
+    common.replace(path, lambda p: figure.savefig(p, format="png"))
+
+
+# ------------------------------------------------------------------------------------------- film
+
+def shoot(budget):
+    """One story of each method, as the film's data: frames [calls, {position: text}] of changes;
+    null is a position that is not decided, "" one behind the end."""
+    seed, out = BUDGETS[budget]["seeds"][0], []
+    for name, idea in IDEAS.items():
+        run = settings(name, budget, seed)
+        if is_made(name, run) is not True:
+            raise UserError(f"no run of {name}.py to film: `python compare.py --budget {budget}` "
+                            "first")
+        script, model, cfg = load(name, run)
+        tokenizer, trace = script.open_data(cfg.data_dir).tokenizer, []
+        cfg = script.fast(cfg) if hasattr(script, "fast") else cfg
+        g = torch.Generator().manual_seed(cfg.seed)
+        with common.precision(next(model.parameters()).device, cfg.dtype)[0]:
+            script.sample(model, cfg, 1, g, trace=trace)
+        frames, now = [], {}
+        for call, ids, *_ in [(0, torch.full((1, cfg.seq_len), -1)), *trace]:
+            texts = {i: None if not 0 <= t < cfg.vocab_size else "" if t == cfg.eos else
+                     tokenizer.decode([t]) for i, t in enumerate(ids[0].tolist())}
+            frames.append([call, {i: t for i, t in texts.items() if now.get(i) != t}])
+            now = texts
+        told = f"{frames[-1][0]} calls, temperature {cfg.temperature:g}"
+        out.append(dict(name=f"{name}.py", idea=idea, settings=told, calls=frames[-1][0],
+                        length=cfg.seq_len, frames=frames))
+    steps = BUDGETS[budget]["run"]["steps"]
+    return dict(title="Six ways to write a story", methods=out,
+                note=f"The first sample of each after {steps} steps, seed {seed}.")
+
+
+def moments(film, width=100, count=5):
+    """The film as text: all methods after the same share of their calls, a line each."""
+    blocks = []
+    for k in range(count):
+        lines = [f"after {100 * k // (count - 1)} % of the calls"]
+        for method in film["methods"]:
+            now = [None] * method["length"]
+            for call, changes in method["frames"]:
+                if call <= method["calls"] * k / (count - 1):
+                    for i, text in changes.items():
+                        now[int(i)] = text
+            line = " ".join("".join(common.MASK_GLYPH if t is None else t for t in now).split())
+            line = line if len(line) <= width - 20 else line[:width - 24] + " ..."
+            lines.append(f"{method['name']:>19} {line}")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def make_film(budget, folder):
+    """Print the film and write film.html, one file that any browser plays."""
+    film = shoot(budget)
+    page = (ROOT / "results/film_template.html").read_text("utf-8")
+    data = json.dumps(film, ensure_ascii=False).replace("</", "<\\/")
+    common.replace(folder / "film.html", lambda p: p.write_text(
+        page.replace("/*FILM*/null", data), "utf-8"))
+    print(moments(film))
+    print(f"\n{folder / 'film.html'}: open it in a browser")
+
+
+# ------------------------------------------------------------------------------------------- main
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def folder_of(budget):
+    """Where the results of a budget go: only the full-size tables belong to the repository."""
+    return ROOT / "results" if budget == "standard" else Path(f"out/compare/{budget}")
+
+
+def publish(budget, command):
+    """Write compare.jsonl, compare.md, the figures and, for the standard budget, the README."""
+    plan, folder = BUDGETS[budget], folder_of(budget)
+    if command == "table":
+        path = folder / "compare.jsonl"
+        if not path.exists():
+            raise UserError(f"no {path}: `python compare.py --budget {budget}` makes it")
+        results = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    else:
+        rows = [measure(name, budget, seed) for name in IDEAS for seed in plan["seeds"]
+                if is_made(name, settings(name, budget, seed)) is True]
+        made = dict(kind="config", command=command, budget=budget, tokens=budget_tokens(budget),
+                    seeds=sorted({row["seed"] for row in rows}), test=plan["test"], n=plan["n"],
+                    **{k: rows[0][k] for k in ("torch", "machine", "dtype")})
+        results = [made, *baselines(budget), *rows]
+        common.replace(folder / "compare.jsonl", lambda p: p.write_text(
+            "".join(json.dumps(row) + "\n" for row in results), "utf-8"))
+    draw_figures(results, folder)
+    common.replace(folder / "compare.md", lambda p: p.write_text(page(results), "utf-8"))
+    parts = tables(results)
+    if budget == "standard":
+        readme = ROOT / "README.md"
+        common.replace(readme, lambda p: p.write_text(
+            insert(readme.read_text("utf-8"), parts), "utf-8"))
+    print(f"\n{parts['table']}\n\n{parts['details']}\n\n{parts['samples']}\n\n"
+          f"{folder}: compare.jsonl, compare.md and five figures")
+
+
+def main(argv):
+    parser = Parser(prog="compare.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", default="run", choices=("run", "table", "film"))
+    parser.add_argument("--budget", default="standard", choices=BUDGETS)
+    parser.add_argument("--only", default=",".join(IDEAS), help="scripts to run (comma)")
+    parser.add_argument("--seeds", default="", help="seeds to run (comma); the budget's own")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
+    parser.add_argument("--stage", default="all", choices=("all", "train", "measure"),
+                        help="train the runs, measure them, or both")
+    args = parser.parse_args(argv)
+    plan = BUDGETS[args.budget]
+    names = args.only.split(",")
+    if not set(names) <= IDEAS.keys():
+        raise UserError(f"--only knows {', '.join(IDEAS)}, not '{args.only}'")
+    try:
+        seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else plan["seeds"]
+    except ValueError:
+        raise UserError(f"--seeds is '{args.seeds}', give numbers: 1337,1338") from None
+    folder_of(args.budget).mkdir(parents=True, exist_ok=True)
+    if args.what == "film":
+        return make_film(args.budget, folder_of(args.budget))
+    if args.what == "table":
+        return publish(args.budget, "table")
+    work = [(name, seed) for seed in seeds for name in names]
+    for stage in ("train", "measure") if args.stage == "all" else (args.stage,):
+        if args.jobs > 1:
+            spread(stage, work, args)
+        else:
+            for name, seed in work:
+                if stage == "train":
+                    train(name, settings(name, args.budget, seed))
+                else:
+                    measure(name, args.budget, seed)
+    if args.stage == "all":
+        publish(args.budget, "python compare.py " + " ".join(argv))
+
+
+def spread(stage, work, args):
+    """The same in several processes, each with its share of the cores."""
+    env = os.environ | dict(OMP_NUM_THREADS=str(max(1, os.cpu_count() // args.jobs)))
+
+    def one(job):
+        name, seed = job
+        return subprocess.run([sys.executable, str(ROOT / "compare.py"), "--budget", args.budget,
+                               "--only", name, "--seeds", str(seed), "--stage", stage],
+                              env=env).returncode
+    with ThreadPoolExecutor(args.jobs) as pool:
+        failed = [job for job, code in zip(work, pool.map(one, work)) if code]
+    if failed:
+        raise UserError(f"{stage} of {', '.join(f'{n} {s}' for n, s in failed)} failed, see above; "
+                        "the rest is kept, run the same command again")
+
+
+if __name__ == "__main__":
+    common.run_main(main)
