@@ -392,9 +392,10 @@ def code_of(path):
         if token.type == tokenize.COMMENT:
             lines[token.start[0] - 1] = lines[token.start[0] - 1][:token.start[1]]
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
-            lines[node.body[0].lineno - 1:node.body[0].end_lineno] = \
-                [""] * (node.body[0].end_lineno - node.body[0].lineno + 1)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
+                node, False):
+            for i in range(node.body[0].lineno - 1, node.body[0].end_lineno):
+                lines[i] = ""
     kept = "\n".join(line.rstrip() for line in lines if line.strip())
     return hashlib.sha256(kept.encode()).hexdigest()[:16]
 

@@ -1,7 +1,7 @@
 """Six ways to model text at one budget of tokens: one table, and what its numbers may say.
 
     python compare.py --budget quick        a minute: does everything work? nothing is learnt
-    python compare.py                       the README's table: 18 runs, hours on 2 CPU cores
+    python compare.py --jobs 2              the README's table: 18 runs, hours on 2 CPU cores
     python compare.py --budget full         preset small, 10000 steps: for a GPU
     python compare.py table                 tables, pages and figures anew from the results
     python compare.py film                  the six methods write a story each, side by side
@@ -17,6 +17,7 @@ the two may be the looseness of the bound), and marks of samples are no likeliho
 """
 import argparse
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -43,8 +44,8 @@ IDEAS = {  # in the order of the tables
     "diffugpt_varlen": "a GPT becomes a diffusion model, length known first",
 }
 BUDGETS = dict(  # settings of every run; test documents, samples, calls of the few-step frontier
-    quick=dict(run=dict(steps=32, eval_every=32, n_layer=1, n_head=2, n_embd=64, device="cpu"),
-               seeds=(1337,), test=16, n=4, frontier=(8,)),
+    quick=dict(run=dict(steps=32, eval_every=32, n_layer=1, n_head=2, n_embd=64, device="cpu",
+                        sampling_steps=8), seeds=(1337,), test=16, n=4, frontier=(4,)),
     standard=dict(run=dict(steps=1600), seeds=(1337, 1338, 1339), test=256, n=64,
                   frontier=(4, 8, 16, 32, 64)),
     full=dict(run=dict(preset="small", steps=10000, batch_size=64, eval_every=500),
@@ -59,6 +60,8 @@ SIGN = dict(exact="=", upper="<=")
 def settings(name, budget, seed):
     """The flags of one run. A model adapted from a parent shares the budget with it, 5 to 11."""
     run = dict(BUDGETS[budget]["run"], seed=seed, out=f"out/compare/{budget}/{name}_{seed}")
+    if name == "ar":
+        run.pop("sampling_steps", None)
     if name == "diffugpt_varlen":
         run["parent_steps"] = run["steps"] * 5 // 16
         run["steps"] -= run["parent_steps"]
@@ -115,14 +118,20 @@ def load(name, run):
 def draw(script, model, cfg, n, judge, seen):
     """n samples under cfg and what they are worth; `novel` is the share that is no training
     document. Returns a row, the ids (n, T) and the texts."""
-    tokenizer, clock = script.open_data(cfg.data_dir).tokenizer, time.time()
+    tokenizer = script.open_data(cfg.data_dir).tokenizer
     x, info = script.sample(model, cfg, n, torch.Generator().manual_seed(cfg.seed))
-    seconds, rows = time.time() - clock, common.tokens_of(x, cfg)
-    row = dict(calls=info["nfe"], seconds=seconds, temperature=cfg.temperature,
+    rows = common.tokens_of(x, cfg)
+    row = dict(calls=info["nfe"], temperature=cfg.temperature,
                length=sum(map(len, rows)) / n,
-               novel=sum(tuple(r) not in seen for r in rows) / n,
+               novel=share_new(rows, seen),
                **common.measure(x, cfg, tokenizer, judge))
     return row, rows, [tokenizer.decode(r) for r in rows]
+
+
+def sampling(script, cfg):
+    """cfg as `sample` draws; ar.py has no such setting and gets the temperature of most others."""
+    return script.fast(cfg) if hasattr(script, "fast") else dataclasses.replace(
+        cfg, temperature=0.5)
 
 
 def one_token(script, model, cfg, n):
@@ -145,10 +154,16 @@ def one_token(script, model, cfg, n):
 
 
 def train_documents(script, cfg):
-    """The training documents as a set of tuples of ids, to see what a model repeats."""
+    """The training documents as a set of bytes of ids, to see what a model repeats."""
     ids, offsets, _ = script.open_data(cfg.data_dir).train
-    ids = np.asarray(ids)
-    return {tuple(ids[a:b][ids[a:b] != cfg.eos].tolist()) for a, b in zip(offsets, offsets[1:])}
+    ids = np.asarray(ids).astype(np.int32)
+    ends = offsets[1:] - (ids[offsets[1:] - 1] == cfg.eos)  # without their EOS
+    return {ids[a:b].tobytes() for a, b in zip(offsets, ends)}
+
+
+def share_new(rows, seen):
+    """Share of rows (lists of ids) that are no training document."""
+    return sum(np.array(row, np.int32).tobytes() not in seen for row in rows) / len(rows)
 
 
 @torch.no_grad()
@@ -174,8 +189,7 @@ def measure(name, budget, seed):
                command=f"python {made['run']['command']}", parameters=made["run"]["parameters"],
                config={k: v for k, v in made["config"].items() if k not in ("data_dir", "out")},
                **{k: made["run"][k] for k in ("torch", "machine", "threads", "dtype")},
-               tokens=budget_tokens(budget), train_seconds=steps[-1]["seconds"],
-               tok_s=sorted(r["tok_s"] for r in steps)[len(steps) // 2])
+               tokens=budget_tokens(budget), train_seconds=steps[-1]["seconds"])
     row["curve"] = [[r["tokens"], r["nats_per_doc"], r["se"]] for r in log if r["kind"] == "val"]
     with common.precision(next(model.parameters()).device, cfg.dtype)[0]:
         row["test"] = script.evaluate(model, cfg, "test", plan["test"])
@@ -184,9 +198,8 @@ def measure(name, budget, seed):
         own = dataclasses.replace(cfg, n=plan["n"])
         row["own"], rows, _ = draw(script, model, own, plan["n"], judge, seen)
         row["lengths"] = [len(r) for r in rows]
-        # as `sample` draws; ar.py has no such setting and gets the temperature of most others
-        fast = script.fast(own) if hasattr(script, "fast") else dataclasses.replace(
-            own, temperature=0.5)
+        # as `sample` draws: few calls, low temperature
+        fast = sampling(script, own)
         row["fast"], _, row["stories"] = draw(script, model, fast, plan["n"], judge, seen)
         row["stories"] = row["stories"][:2]
         row["frontier"], row["steps_bound"] = [], []
@@ -201,6 +214,55 @@ def measure(name, budget, seed):
                 row["steps_bound"].append([calls, nats.mean().item(), common.se(nats)])
     common.replace(kept, lambda p: p.write_text(json.dumps(row)))
     print(f"{name} {seed}: test {common.report(row['test'])}", flush=True)
+    return row
+
+
+def speed(budget, repeats=7):
+    """Training steps and samples of all methods in turn, so that what else the machine does meets
+    all alike: medians as one row."""
+    plan, work, times = BUDGETS[budget], {}, {}
+    kept = Path(f"out/compare/{budget}/speed.json")
+    key = {name: common.code_of(ROOT / f"{name}.py") for name in IDEAS}
+    if kept.exists() and json.loads(kept.read_text())["key"] == key:
+        return json.loads(kept.read_text())
+
+    def step(script, model, cfg, optimizers, g):
+        x0 = script.get_batch("train", cfg, g).to(next(model.parameters()).device)
+        with common.precision(x0.device, cfg.dtype)[0]:
+            loss, _ = script.loss_fn(model, x0[:cfg.batch_size], cfg, g)
+        loss.item()  # a GPU is waited for
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def write(script, model, cfg, n):
+        with common.precision(next(model.parameters()).device, cfg.dtype)[0], torch.no_grad():
+            script.sample(model, cfg, n, torch.Generator().manual_seed(0))
+
+    for name in IDEAS:
+        script, model, cfg = load(name, settings(name, budget, plan["seeds"][0]))
+        learner = script.Model(cfg).to(next(model.parameters()).device)
+        work[name, "train"] = functools.partial(
+            step, script, learner, cfg, script.make_optimizers(learner, cfg),
+            torch.Generator().manual_seed(0))
+        for n in (1, plan["n"]):
+            work[name, f"own_{n}"] = functools.partial(write, script, model, cfg, n)
+            work[name, f"fast_{n}"] = functools.partial(
+                write, script, model, sampling(script, cfg), n)
+    for k in range(repeats):
+        for job, call in work.items():
+            if job[1] == "train" or k < 3:
+                clock = time.perf_counter()
+                call()
+                times.setdefault(job, []).append(time.perf_counter() - clock)
+    took = {job: sorted(t[1:])[(len(t) - 1) // 2] for job, t in times.items()}  # not the first
+    cfg = config("ar", settings("ar", budget, 0))
+    row = dict(kind="speed", key=key, threads=torch.get_num_threads(), n=plan["n"],
+               train={name: cfg.batch_size * cfg.seq_len / took[name, "train"] for name in IDEAS},
+               **{part: {name: [took[name, f"{part}_{n}"] / n for n in (1, plan["n"])]
+                         for name in IDEAS} for part in ("own", "fast")})
+    common.replace(kept, lambda p: p.write_text(json.dumps(row)))
     return row
 
 
@@ -226,7 +288,7 @@ class NGram:
             self.grams.append([np.unique(before * self.V + token, return_counts=True),
                                np.unique(before, return_counts=True)])
         parts = self.parts(*self.split(others))
-        for _ in range(50):
+        for _ in range(200):
             share = parts * self.weights
             self.weights = (share / share.sum(1, keepdims=True)).mean(0)
 
@@ -302,7 +364,7 @@ def baselines(budget):
         if x is not None:
             texts = common.tokens_of(x, cfg)
             out["own"] = dict(common.measure(x, cfg, tokenizer, judge),
-                              novel=sum(tuple(r) not in seen for r in texts) / len(texts),
+                              novel=share_new(texts, seen),
                               length=sum(map(len, texts)) / len(texts))
             out["stories"] = [tokenizer.decode(r) for r in texts[:2]]
         return out
@@ -336,13 +398,13 @@ def means(rows):
         return sum(found) / len(found) if found else None
     first = rows[0]
     parts = ("own", "fast") if first["kind"] == "run" else ("own",) if "own" in first else ()
-    marks = ("calls", "seconds", "judge", "novel", "length", *MARKS)
+    marks = ("calls", "judge", "novel", "length", *MARKS)
     return dict(
         name=first["name"], seeds=len(rows), bound=first["test"]["bound"],
         test={k: mean("test", k) for k in first["test"] if k != "bound"},
         range=[f(row["test"]["nats_per_doc"] for row in rows) for f in (min, max)],
         **{part: {k: mean(part, k) for k in marks if k in first[part]} for part in parts},
-        **{k: mean(k) for k in ("one_token", "tok_s", "train_seconds", "parameters") if k in first})
+        **{k: mean(k) for k in ("one_token", "train_seconds", "parameters") if k in first})
 
 
 def cell(value, digits=2):
@@ -363,8 +425,9 @@ def stale(rows):
 def tables(results):
     """The rows of a results file -> {name: Markdown}: `table`, the README's, and `details`."""
     groups = {}
-    for row in results[1:]:
+    for row in results[1:-1]:
         groups.setdefault(row["name"], []).append(row)
+    speeds = results[-1]
     known = {name: means(rows) for name, rows in groups.items()}
     lines = []
     notebooks = {p.stem[3:]: p.stem[:2] for p in (ROOT / "notebooks").glob("*.ipynb")}
@@ -396,9 +459,13 @@ def tables(results):
             "" if name == "real" else f"{sign} {test['gap']:.1f} ± {test['gap_se']:.1f} "
             f"({test['gap'] / test['floor_per_doc']:+.0%})",
             cell(row.get("one_token")), cell(row.get("parameters") and row["parameters"] / 1e6),
-            f"{row['tok_s']:,.0f}" if "tok_s" in row else ""])
-    details = markdown("method | seeds | nats per story | above the truth (paired) | "
-                       "one hidden token | parameters, M | training, tokens/s", lines)
+            f"{speeds['train'][name]:,.0f}" if name in IDEAS else "",
+            *([f"{1000 * speeds[p][name][k]:,.0f}" for p in ("own", "fast") for k in (0, 1)]
+              if name in IDEAS else [""] * 4)])
+    details = markdown(
+        "method | seeds | nats per story | above the truth (paired) | one hidden token | "
+        "parameters, M | training, tokens/s | a story alone, ms | "
+        f"of {speeds['n']} | as `sample`: alone | of {speeds['n']}", lines)
     lines = []
     for name, row in known.items():
         for part in ("own", "fast"):
@@ -441,14 +508,15 @@ def page(results):
            f"tokens a run, seeds {', '.join(map(str, made['seeds']))}, torch {made['torch']}, "
            f"{made['machine']}, {made['dtype']}, {made['test']} test documents, {made['n']} "
            "samples a row. `=` is exact, `<=` an upper bound; ± is a standard error over "
-           "documents, brackets are the least and most of the seeds.", "## Likelihood", parts["details"],
+           "documents, brackets are the least and most of the seeds.",
+           "## Likelihood", parts["details"],
            "![bound against tokens](compare_bound.png)", "## Samples", parts["samples"],
            "![quality against calls](compare_quality.png)", "![marks](compare_samples.png)",
            "![lengths](compare_length.png)", "![speed](compare_speed.png)",
            "## Two stories of each, as they came",
            "The first two samples of the first seed, drawn as `sample` draws them (`ar.py` at "
            "temperature 0.5)."]
-    for row in results[1:]:
+    for row in results[1:-1]:
         if row.get("stories") and row.get("seed", made["seeds"][0]) == made["seeds"][0]:
             label = f"`{row['name']}.py`" if row["name"] in IDEAS else row["name"]
             how = f" (seed {row['seed']}, {row['fast']['calls']} calls)" if "seed" in row else ""
@@ -467,10 +535,10 @@ def new_figure(columns, height=3.6, width=9):
 def draw_figures(results, folder):
     """The five figures of a results file."""
     runs = {}
-    for row in results[1:]:
+    for row in results[1:-1]:
         if row["kind"] == "run":
             runs.setdefault(row["name"], []).append(row)
-    base = {row["name"]: row for row in results[1:] if row["kind"] == "baseline"}
+    base = {row["name"]: row for row in results[1:-1] if row["kind"] == "baseline"}
     real, color = base["real"], {name: f"C{i}" for i, name in enumerate(IDEAS)}
     label = {name: f"{name}.py ({'exact' if name == 'ar' else 'bound'})" for name in IDEAS}
 
@@ -533,18 +601,19 @@ def draw_figures(results, folder):
     axes.legend(fontsize=7)
     save(figure, folder / "compare_length.png")
 
-    figure, panels = new_figure(2)
-    at = range(len(kept))
-    panels[0].bar(at, [row["tok_s"] for row in kept.values()], color=[color[n] for n in kept])
+    figure, panels = new_figure(3)
+    at, speeds = range(len(kept)), results[-1]
+    panels[0].bar(at, [speeds["train"][name] for name in kept], color=[color[n] for n in kept])
     panels[0].set_title("training, tokens a second", fontsize=10)
-    for part, shift, hatch in (("own", -0.2, ""), ("fast", 0.2, "//")):
-        panels[1].bar([i + shift for i in at], [row[part]["seconds"] for row in kept.values()],
-                      0.38, hatch=hatch, color=[color[name] for name in kept], edgecolor="white",
-                      label="as the network is" if part == "own" else "as sample draws")
-    panels[1].set_title(f"seconds for {results[0]['n']} samples", fontsize=10)
+    for k, (axes, n) in enumerate(zip(panels[1:], (1, speeds["n"]))):
+        for part, shift, hatch in (("own", -0.2, ""), ("fast", 0.2, "//")):
+            axes.bar([i + shift for i in at], [speeds[part][name][k] for name in kept], 0.38,
+                     hatch=hatch, color=[color[name] for name in kept], edgecolor="white",
+                     label="as the network is" if part == "own" else "as sample draws")
+        axes.set_title(f"seconds for a story, {n} at a time", fontsize=10)
     panels[1].legend(fontsize=7)
     for axes in panels:
-        axes.set_xticks(at, kept, rotation=30, ha="right", fontsize=8)
+        axes.set_xticks(at, kept, rotation=40, ha="right", fontsize=7)
         axes.grid(alpha=0.3, axis="y")
     save(figure, folder / "compare_speed.png")
 
@@ -606,7 +675,7 @@ def make_film(budget, folder):
     """Print the film and write film.html, one file that any browser plays."""
     film = shoot(budget)
     page = (ROOT / "results/film_template.html").read_text("utf-8")
-    data = json.dumps(film, ensure_ascii=False).replace("</", "<\\/")
+    data = json.dumps(film, ensure_ascii=False).replace("<", "\\u003c")
     common.replace(folder / "film.html", lambda p: p.write_text(
         page.replace("/*FILM*/null", data), "utf-8"))
     print(moments(film))
@@ -639,7 +708,7 @@ def publish(budget, command):
         made = dict(kind="config", command=command, budget=budget, tokens=budget_tokens(budget),
                     seeds=sorted({row["seed"] for row in rows}), test=plan["test"], n=plan["n"],
                     **{k: rows[0][k] for k in ("torch", "machine", "dtype")})
-        results = [made, *baselines(budget), *rows]
+        results = [made, *baselines(budget), *rows, speed(budget)]
         common.replace(folder / "compare.jsonl", lambda p: p.write_text(
             "".join(json.dumps(row) + "\n" for row in results), "utf-8"))
     draw_figures(results, folder)

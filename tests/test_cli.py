@@ -826,6 +826,13 @@ def test_every_command_that_is_written_down_is_understood(command, monkeypatch, 
             monkeypatch.setattr(tales, name, stop)
         with pytest.raises(Enough):
             tales.main(argv)
+    elif path == "compare.py":
+        import compare
+        for name in ("train", "measure", "publish", "spread", "make_film"):
+            monkeypatch.setattr(compare, name, stop)
+        monkeypatch.setattr(compare, "folder_of", lambda budget: tmp_path)
+        with pytest.raises(Enough):
+            compare.main(argv)
     else:
         arguments = {"results/collect.py": 2, "results/speed.py": 0}
         assert arguments.get(path) == len(argv), f"nobody checks {command}"
@@ -833,4 +840,4 @@ def test_every_command_that_is_written_down_is_understood(command, monkeypatch, 
 
 def test_there_are_commands_to_check():
     found = written_down()
-    assert all(any(name in c for c in found) for name in ("ar.py", "mdlm.py", "data/prepare.py"))
+    assert all(any(name in c for c in found) for name in ("ar.py", "mdlm.py", "data/prepare.py", "compare.py"))

@@ -1,0 +1,343 @@
+"""compare.py: the baselines, the table, what is made again and what is not, and the film."""
+import collections
+import contextlib
+import itertools
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import compare
+from common import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "results/compare.jsonl"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which(
+    "google-chrome")
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """A folder in which `python compare.py --budget quick` has run."""
+    folder = tmp_path_factory.mktemp("compare")
+    with contextlib.chdir(folder):
+        compare.main(["--budget", "quick"])
+    return folder
+
+
+# ---- baselines -----------------------------------------------------------------------------------
+
+def toy(order, V=5, N=60, T=12, seed=0):
+    """A model of random rows that end with their first 0, and the rows."""
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, V, (2 * N, T)) * (rng.random((2 * N, T)) < 0.9)
+    rows = np.where((rows == 0).cumsum(1) > 0, 0, rows)
+    cfg = SimpleNamespace(vocab_size=V, eos=0)
+    return compare.NGram(order, rows[:N], rows[N:], cfg), rows[:N], rows[N:]
+
+
+def by_hand(model, rows, order, row, V):
+    """-log p of one row by dictionaries of tuples."""
+    counts = [collections.Counter() for _ in range(order + 1)]
+    for r in rows:
+        text = [V] * (order - 1) + list(r[:list(r).index(0) + 1 if 0 in r else len(r)])
+        for i in range(order - 1, len(text)):
+            for j in range(1, order + 1):
+                counts[j][tuple(text[i - j + 1:i + 1])] += 1
+    text, nats = [V] * (order - 1) + list(row[:list(row).index(0) + 1 if 0 in row else len(row)]), 0
+    for i in range(order - 1, len(text)):
+        p = [1 / V]
+        for j in range(1, order + 1):
+            gram = tuple(text[i - j + 1:i + 1])
+            total = sum(counts[j][(*gram[:-1], v)] for v in range(V))
+            p.append(counts[j][gram] / total if total else p[-1])
+        nats -= math.log(sum(w * q for w, q in zip(model.weights, p)))
+    return nats
+
+
+@pytest.mark.parametrize("order", (1, 2, 3))
+def test_ngrams_are_those_counted_by_hand(order):
+    model, rows, others = toy(order)
+    expected = [by_hand(model, rows, order, row, 5) for row in others[:20]]
+    assert model.nll(others[:20]) == pytest.approx(np.array(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("order", (1, 2, 3))
+def test_ngrams_are_normalized_after_every_context(order):
+    """Seen or not, BOS included: an exact likelihood, nothing is lost to smoothing."""
+    model, *_ = toy(order)
+    for context in itertools.product(range(6), repeat=order - 1):
+        context = np.array(context, int).reshape(1, -1).repeat(5, 0)
+        p = model.parts(context, np.arange(5)) @ model.weights
+        assert p.sum() == pytest.approx(1) and (p > 0).all()
+
+
+def test_the_weights_of_an_ngram_are_those_of_most_likelihood():
+    model, _, others = toy(3)
+    best, rng = model.nll(others).sum(), np.random.default_rng(0)
+    for _ in range(30):
+        model.weights = rng.dirichlet(np.ones(4))
+        assert model.nll(others).sum() > best - 0.05
+
+
+def test_samples_of_an_ngram_obey_it():
+    model, *_ = toy(2)
+    x = model.sample(6000, 2, torch.Generator().manual_seed(0))
+    p = model.parts(np.full((5, 1), 5), np.arange(5)) @ model.weights
+    counts = np.bincount(x[:, 0], minlength=5)
+    assert abs(counts / 6000 - p).max() < 5 * (p * (1 - p) / 6000).max() ** 0.5
+    after = x[x[:, 0] == 3][:, 1]
+    p = model.parts(np.full((5, 1), 3), np.arange(5)) @ model.weights
+    error = abs(np.bincount(after, minlength=5) / len(after) - p).max()
+    assert error < 5 * (0.25 / len(after)) ** 0.5
+
+
+# ---- one budget ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("budget", compare.BUDGETS)
+def test_every_method_sees_the_same_number_of_tokens(budget):
+    for name in compare.IDEAS:
+        cfg = compare.config(name, compare.settings(name, budget, 1))
+        steps = cfg.steps + (cfg.parent_steps if hasattr(cfg, "parent_steps") else 0)
+        tokens = steps * cfg.batch_size * cfg.grad_accum * cfg.seq_len
+        assert tokens == compare.budget_tokens(budget)
+        assert (cfg.data, cfg.tokenizer, cfg.rows) == ("tales", "bpe", "auto")
+
+
+def test_the_standard_budget_is_the_default_run_of_every_script():
+    for name in compare.IDEAS:
+        run = compare.settings(name, "standard", 1337)
+        assert not {k: v for k, v in run.items() if k != "out"
+                    and getattr(compare.importlib.import_module(name).Config, k) != v}
+
+
+# ---- the quick comparison ------------------------------------------------------------------------
+
+def test_a_comparison_has_a_row_for_each_run_and_baseline(quick):
+    results = read(quick / "out/compare/quick/compare.jsonl")
+    assert [row["kind"] for row in results] == ["config"] + 4 * ["baseline"] + 6 * ["run"] + [
+        "speed"]
+    assert {"command", "tokens", "seeds", "torch", "machine", "dtype"} <= results[0].keys()
+    base = {row["name"]: row["test"] for row in results if row["kind"] == "baseline"}
+    assert base["uniform"]["nats_per_token"] == pytest.approx(math.log(2048))
+    assert base["real"]["gap"] == 0 and base["real"]["nats_per_doc"] < base["3-gram"][
+        "nats_per_doc"] < base["unigram"]["nats_per_doc"] < base["uniform"]["nats_per_doc"]
+    for row, name in zip(results[5:11], compare.IDEAS):
+        assert row["name"] == name and row["code"] == common.code_of(ROOT / f"{name}.py")
+        assert row["command"].startswith(f"python {name}.py") and row["config"]["seed"] == 1337
+        assert row["test"]["bound"] == ("exact" if name == "ar" else "upper")
+        assert row["test"]["floor_per_doc"] == base["real"]["nats_per_doc"]
+        assert row["test"]["gap"] > 0 and 0 <= row["one_token"] <= 1 and row["own"]["novel"] == 1
+        assert len(row["stories"]) == 2 and len(row["lengths"]) == compare.BUDGETS["quick"]["n"]
+
+
+def test_the_pages_hold_every_method_and_say_what_kind_its_number_is(quick):
+    folder = quick / "out/compare/quick"
+    page, results = (folder / "compare.md").read_text("utf-8"), read(folder / "compare.jsonl")
+    parts = compare.tables(results)
+    for row in results[5:11]:
+        sign = "=" if row["name"] == "ar" else "<="
+        assert f"| {sign} {row['test']['nats_per_token']:.3f} |" in parts["table"]
+        assert f"| {sign} {row['test']['nats_per_doc']:.1f} ± " in page
+        assert f"**`{row['name']}.py`** (seed 1337, {row['fast']['calls']} calls)" in page
+    assert len({line.count("|") for line in parts["table"].splitlines()}) == 1
+    for name in re.findall(r"\]\((\w+\.png)\)", page):
+        assert (folder / name).stat().st_size > 5000
+    assert "†" not in parts["table"]
+
+
+def test_a_comparison_that_is_there_is_not_made_again(quick, monkeypatch):
+    def never(*_):
+        raise AssertionError("trained again")
+    before = (quick / "out/compare/quick/compare.jsonl").read_text()
+    monkeypatch.chdir(quick)
+    for name in compare.IDEAS:
+        monkeypatch.setattr(compare.importlib.import_module(name), "main", never)
+    compare.main(["--budget", "quick"])
+    assert (quick / "out/compare/quick/compare.jsonl").read_text() == before
+    monkeypatch.setattr(common, "code_of", lambda path: "other")  # another version of the scripts
+    with pytest.raises(AssertionError, match="trained again"):
+        compare.main(["--budget", "quick", "--only", "mdlm"])
+
+
+def test_an_interrupted_run_is_resumed_to_the_same_numbers(quick, monkeypatch):
+    monkeypatch.chdir(quick)
+    run = compare.settings("ar", "quick", 1337)
+    out, stop = Path(run["out"]), common.Run.stopping
+    weights = (out / "model.safetensors").read_bytes()
+    shutil.copytree(out, "kept")
+    shutil.rmtree(out)
+
+    def soon(self):
+        if len(self.read_log()) > 12:
+            self.stop_signal = 15
+        return stop(self)
+    monkeypatch.setattr(common.Run, "stopping", soon)
+    with pytest.raises(SystemExit):
+        compare.train("ar", run)
+    assert compare.is_made("ar", run) == "unfinished"
+    monkeypatch.setattr(common.Run, "stopping", stop)
+    compare.train("ar", run)
+    assert compare.is_made("ar", run) is True
+    assert (out / "model.safetensors").read_bytes() == weights
+    shutil.rmtree(out)
+    shutil.move("kept", out)
+
+
+def test_results_of_an_earlier_version_are_marked(quick):
+    results = read(quick / "out/compare/quick/compare.jsonl")
+    results[6]["code"] = "0"
+    table = compare.tables(results)["table"]
+    assert "[`mdlm.py`](mdlm.py)† |" in table and table.count("†") == 1
+
+
+def test_seeds_are_averaged_and_their_range_is_shown(quick):
+    results = read(quick / "out/compare/quick/compare.jsonl")
+    other = json.loads(json.dumps(results[6]))
+    other["test"]["nats_per_doc"] += 8
+    parts = compare.tables([*results[:7], other, *results[7:]])
+    nats = results[6]["test"]["nats_per_doc"]
+    assert f"<= {nats + 4:.1f} ± " in parts["details"]
+    assert f"({nats:.1f} to {nats + 8:.1f})" in parts["details"]
+
+
+def test_a_text_goes_between_its_markers_and_nowhere_else():
+    page = ("a\n<!-- compare: table -->\nold\n<!-- end -->\nb\n"
+            "<!-- compare: x -->\ny\n<!-- end -->\n")
+    new = compare.insert(page, dict(table="1\n2", other="3"))
+    assert new == page.replace("old", "1\n2") and compare.insert(new, dict(table="1\n2")) == new
+
+
+# ---- single measurements -------------------------------------------------------------------------
+
+def test_one_hidden_token_is_really_hidden():
+    x0 = torch.tensor([[1, 2, 3, 0, 0]] * 40)
+    seen = []
+
+    def sample(model, cfg, n, g, start):
+        seen.append(start)
+        return start.masked_fill(start == 9, cfg.guess), {}
+    fake = SimpleNamespace(NAME="fake", get_eval_rows=lambda *_: (x0, None), sample=sample)
+    for guess in (2, 7):
+        Cfg = compare.dataclasses.make_dataclass("Cfg", [
+            ("guess", int, guess), ("eos", int, 0), ("vocab_size", int, 9),
+            ("temperature", float, 1.0), ("sampling_steps", int, 0)])
+        share = compare.one_token(fake, torch.nn.Linear(1, 1), Cfg(), 40)
+        at = (seen[-1] == 9)
+        assert at.sum(1).eq(1).all() and not at[:, 3:].any()  # a word, never the end
+        assert share == pytest.approx((x0[at] == guess).float().mean().item())
+
+
+def test_new_documents_are_told_from_training_documents():
+    import ar
+    cfg = ar.fill_in(ar.Config())
+    seen = compare.train_documents(ar, cfg)
+    rows = common.tokens_of(ar.take("train", cfg, range(20)), cfg)
+    assert compare.share_new(rows, seen) == 0
+    assert compare.share_new([rows[0], rows[1][:-1], []], seen) == pytest.approx(2 / 3)
+
+
+# ---- mistakes ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("argv, said", [
+    (["--only", "mdlm,gpt"], "gpt"), (["--seeds", "1,x"], "1,x"), (["--budget", "huge"], "huge"),
+    (["shoot"], "shoot"), (["film", "--budget", "quick"], "no run of ar.py"),
+    (["table", "--budget", "quick"], "--budget quick"), (["--jobs", "two"], "two")])
+def test_mistakes_are_told_in_one_sentence(argv, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        compare.main(argv)
+    assert "\n" not in str(error.value)
+
+
+# ---- the film ------------------------------------------------------------------------------------
+
+def test_the_film_ends_with_the_stories_that_are_sampled(quick, monkeypatch, capsys):
+    monkeypatch.chdir(quick)
+    compare.main(["film", "--budget", "quick"])
+    shown = capsys.readouterr().out
+    page = (quick / "out/compare/quick/film.html").read_text("utf-8")
+    film = json.loads(re.search(r"const film = (.*);\n", page)[1])
+    assert [method["name"] for method in film["methods"]] == [f"{n}.py" for n in compare.IDEAS]
+    for method, name in zip(film["methods"], compare.IDEAS):
+        script, model, cfg = compare.load(name, compare.settings(name, "quick", 1337))
+        cfg = script.fast(cfg) if hasattr(script, "fast") else cfg
+        with common.precision(torch.device("cpu"), cfg.dtype)[0]:
+            x, info = script.sample(model, cfg, 1, torch.Generator().manual_seed(cfg.seed))
+        now = {}
+        for _, changes in method["frames"]:
+            now |= changes
+        tokenizer = script.open_data(cfg.data_dir).tokenizer
+        ids, = common.tokens_of(x, cfg)
+        assert "".join(now[str(i)] for i in range(len(ids))) == "".join(
+            tokenizer.decode([t]) for t in ids)
+        assert now[str(len(now) - 1)] in ("", tokenizer.decode([x[0, -1].item()]))
+        assert method["calls"] == info["nfe"] and f"{name}.py" in shown
+    assert "after 0 % of the calls" in shown and "after 100 % of the calls" in shown
+
+
+PAGES = [path for path in (ROOT / "results/film_template.html", ROOT / "results/film.html")
+         if path.exists()]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+def test_a_film_needs_no_other_file(path):
+    page = path.read_text("utf-8")
+    assert not re.search(r"https?:|<link|@import|\bsrc=|url\(|fetch\(|XMLHttp", page)
+    assert path.stat().st_size < 500_000
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium")
+@pytest.mark.skipif(len(PAGES) < 2, reason="no film")
+def test_a_browser_shows_the_last_frame_of_the_film(tmp_path):
+    """The committed film in headless Chromium, at its end: every story stands on the page."""
+    page = PAGES[1].read_text("utf-8")
+    film = json.loads(re.search(r"const film = (.*);\n", page)[1])
+    dom = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+         "--no-first-run", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", f"--user-data-dir={tmp_path}", "--virtual-time-budget=2000",
+         "--dump-dom", f"{PAGES[1].as_uri()}?t=1"], capture_output=True, text=True, timeout=120)
+    body = re.sub(r"<script.*?</script>", "", dom.stdout, flags=re.S)
+    text = " ".join(re.sub(r"<[^>]*>", "", body).replace("&amp;", "&").split())
+    for method in film["methods"]:
+        now = {}
+        for _, changes in method["frames"]:
+            now |= changes
+        story = "".join(now[str(i)] or "" for i in range(method["length"]))
+        assert " ".join(story.split()) in text and method["name"] in text
+
+
+# ---- what is committed ---------------------------------------------------------------------------
+
+@pytest.mark.skipif(not KEPT.exists(), reason="no committed comparison")
+def test_the_readme_and_the_page_equal_the_results():
+    results = read(KEPT)
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert readme.count("<!-- compare: ") == 3
+    assert compare.insert(readme, compare.tables(results)) == readme
+    assert (ROOT / "results/compare.md").read_text("utf-8") == compare.page(results)
+
+
+@pytest.mark.skipif(not KEPT.exists(), reason="no committed comparison")
+def test_the_committed_comparison_says_what_made_it():
+    results = read(KEPT)
+    assert results[0]["command"].startswith("python compare.py")
+    runs = [row for row in results if row["kind"] == "run"]
+    assert {row["name"] for row in runs} == set(compare.IDEAS)
+    for row in runs:
+        assert {"command", "config", "seed", "code", "torch", "machine", "threads",
+                "dtype"} <= row.keys()
+        assert "data_dir" not in row["config"] and row["tokens"] == results[0]["tokens"]
