@@ -1043,7 +1043,7 @@ def main(argv):
         return train(cfg) and None
     common.check_same(cfg, stored, SHAPE + METHOD, f"the checkpoint in {out}")
     with common.Run(cfg, out, False, "eval.jsonl" if command == "eval" else "log.jsonl") as run:
-        model, tokenizer = Model(cfg).to(run.device).requires_grad_(False), load_tokenizer(out)
+        model, tokenizer = Model(cfg).to(run.device), load_tokenizer(out)
         common.load_weights(model, out)
         if command == "eval":
             fill_in(cfg)

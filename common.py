@@ -385,16 +385,20 @@ def replace(path, write):
 
 
 def code_of(path):
-    """A fingerprint of a script that its comments and docstrings do not change."""
+    """A fingerprint of a script that its comments, docstrings and section 7, its command line, do
+    not change."""
     text = Path(path).read_text("utf-8")
-    lines = text.splitlines()
+    lines, tree = text.splitlines(), ast.parse(text)
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
+            if token.string == "# 7. main":
+                del lines[token.start[0] - 1:]
+                break
             lines[token.start[0] - 1] = lines[token.start[0] - 1][:token.start[1]]
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
-                node, False):
-            for i in range(node.body[0].lineno - 1, node.body[0].end_lineno):
+    for node in ast.walk(tree):
+        if (node is tree or isinstance(node, (ast.ClassDef, ast.FunctionDef))) and \
+                ast.get_docstring(node, False) is not None:
+            for i in range(node.body[0].lineno - 1, min(node.body[0].end_lineno, len(lines))):
                 lines[i] = ""
     kept = "\n".join(line.rstrip() for line in lines if line.strip())
     return hashlib.sha256(kept.encode()).hexdigest()[:16]

@@ -242,6 +242,7 @@ def speed(budget, repeats=7):
 
     for name in IDEAS:
         script, model, cfg = load(name, settings(name, budget, plan["seeds"][0]))
+        model.requires_grad_(True)  # autocast keeps its casts of such weights from call to call
         learner = script.Model(cfg).to(next(model.parameters()).device)
         work[name, "train"] = functools.partial(
             step, script, learner, cfg, script.make_optimizers(learner, cfg),
@@ -527,6 +528,7 @@ def page(results):
 # ---------------------------------------------------------------------------------------- figures
 
 def new_figure(columns, height=3.6, width=9):
+    """A figure and its panels side by side."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
     return figure, figure.subplots(1, columns, squeeze=False)[0]
@@ -619,6 +621,7 @@ def draw_figures(results, folder):
 
 
 def save(figure, path):
+    """Write a figure as PNG, whole or not at all."""
     common.replace(path, lambda p: figure.savefig(p, format="png"))
 
 

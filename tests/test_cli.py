@@ -840,4 +840,5 @@ def test_every_command_that_is_written_down_is_understood(command, monkeypatch, 
 
 def test_there_are_commands_to_check():
     found = written_down()
-    assert all(any(name in c for c in found) for name in ("ar.py", "mdlm.py", "data/prepare.py", "compare.py"))
+    assert all(any(name in c for c in found) for name in (
+        "ar.py", "mdlm.py", "data/prepare.py", "compare.py"))
