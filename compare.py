@@ -659,12 +659,12 @@ def shoot(budget):
 def moments(film, width=100, count=5):
     """The film as text: all methods after the same share of their calls, a line each."""
     blocks = []
-    for k in range(count):
-        lines = [f"after {100 * k // (count - 1)} % of the calls"]
+    for k in range(1, count + 1):
+        lines = [f"after {100 * k // count} % of the calls"]
         for method in film["methods"]:
             now = [None] * method["length"]
             for call, changes in method["frames"]:
-                if call <= method["calls"] * k / (count - 1):
+                if call <= method["calls"] * k / count:
                     for i, text in changes.items():
                         now[int(i)] = text
             line = " ".join("".join(common.MASK_GLYPH if t is None else t for t in now).split())

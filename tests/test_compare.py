@@ -285,7 +285,7 @@ def test_the_film_ends_with_the_stories_that_are_sampled(quick, monkeypatch, cap
             tokenizer.decode([t]) for t in ids)
         assert now[str(len(now) - 1)] in ("", tokenizer.decode([x[0, -1].item()]))
         assert method["calls"] == info["nfe"] and f"{name}.py" in shown
-    assert "after 0 % of the calls" in shown and "after 100 % of the calls" in shown
+    assert "after 20 % of the calls" in shown and "after 100 % of the calls" in shown
 
 
 PAGES = [path for path in (ROOT / "results/film_template.html", ROOT / "results/film.html")
