@@ -221,6 +221,7 @@ def speed(budget, repeats=7):
     """Training steps and samples of all methods in turn, so that what else the machine does meets
     all alike: medians as one row."""
     plan, work, times = BUDGETS[budget], {}, {}
+    many = min(16, plan["n"])
     kept = Path(f"out/compare/{budget}/speed.json")
     key = {name: common.code_of(ROOT / f"{name}.py") for name in IDEAS}
     if kept.exists() and json.loads(kept.read_text())["key"] == key:
@@ -247,7 +248,7 @@ def speed(budget, repeats=7):
         work[name, "train"] = functools.partial(
             step, script, learner, cfg, script.make_optimizers(learner, cfg),
             torch.Generator().manual_seed(0))
-        for n in (1, plan["n"]):
+        for n in (1, many):
             work[name, f"own_{n}"] = functools.partial(write, script, model, cfg, n)
             work[name, f"fast_{n}"] = functools.partial(
                 write, script, model, sampling(script, cfg), n)
@@ -259,9 +260,9 @@ def speed(budget, repeats=7):
                 times.setdefault(job, []).append(time.perf_counter() - clock)
     took = {job: sorted(t[1:])[(len(t) - 1) // 2] for job, t in times.items()}  # not the first
     cfg = config("ar", settings("ar", budget, 0))
-    row = dict(kind="speed", key=key, threads=torch.get_num_threads(), n=plan["n"],
+    row = dict(kind="speed", key=key, threads=torch.get_num_threads(), n=many,
                train={name: cfg.batch_size * cfg.seq_len / took[name, "train"] for name in IDEAS},
-               **{part: {name: [took[name, f"{part}_{n}"] / n for n in (1, plan["n"])]
+               **{part: {name: [took[name, f"{part}_{n}"] / n for n in (1, many)]
                          for name in IDEAS} for part in ("own", "fast")})
     common.replace(kept, lambda p: p.write_text(json.dumps(row)))
     return row
@@ -546,7 +547,8 @@ def draw_figures(results, folder):
 
     figure, (axes,) = new_figure(1, 4.6)
     for name, rows in runs.items():
-        x = [point[0] for point in rows[0]["curve"]][1:]
+        x = np.array([point[0] for point in rows[0]["curve"]][1:])
+        x += rows[0]["tokens"] - x[-1]  # those of a parent come before
         y = np.array([[point[1] for point in row["curve"]][1:] for row in rows])
         axes.plot(x, y.mean(0), marker="o", ms=3, color=color[name], label=label[name])
         axes.fill_between(x, y.min(0), y.max(0), color=color[name], alpha=0.2, lw=0)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import common
 import compare
@@ -176,7 +177,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_numbers(quick, monkeypatch):
     monkeypatch.chdir(quick)
     run = compare.settings("ar", "quick", 1337)
     out, stop = Path(run["out"]), common.Run.stopping
-    weights = (out / "model.safetensors").read_bytes()
+    weights = load_file(out / "model.safetensors")
     shutil.copytree(out, "kept")
     shutil.rmtree(out)
 
@@ -191,7 +192,8 @@ def test_an_interrupted_run_is_resumed_to_the_same_numbers(quick, monkeypatch):
     monkeypatch.setattr(common.Run, "stopping", stop)
     compare.train("ar", run)
     assert compare.is_made("ar", run) is True
-    assert (out / "model.safetensors").read_bytes() == weights
+    again = load_file(out / "model.safetensors")
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
     shutil.rmtree(out)
     shutil.move("kept", out)
 
@@ -295,6 +297,7 @@ PAGES = [path for path in (ROOT / "results/film_template.html", ROOT / "results/
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
 def test_a_film_needs_no_other_file(path):
     page = path.read_text("utf-8")
+    page = page.replace('<link rel="icon" href="data:,">', "")  # asks for no icon
     assert not re.search(r"https?:|<link|@import|\bsrc=|url\(|fetch\(|XMLHttp", page)
     assert path.stat().st_size < 500_000
 
