@@ -7,6 +7,7 @@ method scripts.
 import ast
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import importlib.util
 import io
@@ -20,14 +21,17 @@ import sys
 import textwrap
 import time
 import tokenize
+import typing
+import uuid
 import warnings
+import zipfile
 from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import tyro
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -55,6 +59,22 @@ def run_main(main):
     except BrokenPipeError:  # the reader of our output has seen enough (head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # a full disk, a folder that may only be read
+        print(f"error: cannot use {error.filename or 'the output'} ({error.strerror or error}): "
+              "check its rights and the free space, or choose another folder with --out; what was "
+              "saved before is kept", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # it is the output: else Python tries again, with less tact
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory",
+                                                             str(error)):
+            raise
+        print("error: the memory is full: lower --batch-size (and raise --grad-accum), --n or "
+              "--seq-len", file=sys.stderr)
+        sys.exit(2)
 
 
 def parse(Config, presets, argv, doc, default=None, read=None):
@@ -101,6 +121,8 @@ def check(cfg, bad=()):
     bad = [*bad]
     bad += [f"--{k.replace('_', '-')} is {getattr(cfg, k)}, it must be at least {v}"
             for k, v in least.items() if hasattr(cfg, k) and not getattr(cfg, k) >= v]
+    bad += [f"--{k.replace('_', '-')} is {v}, it must be between -2^31 and 2^31"
+            for k, v in vars(cfg).items() if isinstance(v, int) and abs(v) >= 2 ** 31]
     bad += [f"--{k.replace('_', '-')} is {getattr(cfg, k)}, it must be at most 1"
             for k in ("top_p", "threshold", "remask_eta", "selfcond", "prefix", "eta", "swap")
             if getattr(cfg, k, 0) > 1]
@@ -172,6 +194,8 @@ class Run:
 
     def __init__(self, cfg, out, training=True, log="log.jsonl"):
         self.cfg, self.out, self.training, self.log_name = cfg, Path(out), training, log
+        self.id = uuid.uuid4().hex  # in all files of a checkpoint: none must be of another run
+        self.saved, self.code = 0, ""  # step of the checkpoint that is there; what code made it
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(cfg.device)
         self.amp, self.dtype = precision(self.device, cfg.dtype)
@@ -209,9 +233,13 @@ class Run:
 
     def begin(self):
         """Open the logs, now that nothing is left to complain about; what an earlier run in this
-        folder left to resume from is renamed, so that two runs never mix."""
+        folder left to resume from is renamed, so that two runs never mix, and what it left
+        half-written is removed."""
         self._open_sinks()
-        if self.rank == 0 and not self.cfg.resume and (self.out / "state.pt").exists():
+        if self.rank == 0:
+            for left in self.out.glob("*.tmp"):
+                left.unlink()
+        if self.rank == 0 and not self.cfg.resume:
             for old in ("state.pt", "log.jsonl"):
                 if (self.out / old).exists():
                     (self.out / old).replace(self.out / f"{old}.old")
@@ -254,7 +282,8 @@ class Run:
         if self.rank:
             return
         row = dict(kind=kind, step=step, **row)
-        with open(self.out / self.log_name, "a") as file:
+        path = self.out / self.log_name
+        with naming(path), open(path, "a") as file:
             file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v
                                    for k, v in row.items()}) + "\n")
         for sink in self.sinks:
@@ -263,9 +292,11 @@ class Run:
     def read_log(self):
         """The rows of log.jsonl as dictionaries; a row that was cut off is left out."""
         path, rows = self.out / "log.jsonl", []
-        for row in path.read_text().splitlines() if path.exists() else []:
+        for row in path.read_text(errors="replace").splitlines() if path.exists() else []:
             with contextlib.suppress(ValueError):
-                rows.append(json.loads(row))
+                row = json.loads(row)
+                if isinstance(row, dict) and {"kind", "step"} <= row.keys():
+                    rows.append(row)
         return rows
 
     def begin_eval(self):
@@ -274,6 +305,7 @@ class Run:
         made = json.loads((self.out / "config.json").read_text())
         made["config"] |= dataclasses.asdict(self.cfg)
         del made["config"]["data_dir"]  # a path of this machine
+        made.pop("sha256", None)
         self.log("config", made["run"]["step"], **made, eval=" ".join(sys.argv))
 
     def describe(self):
@@ -328,13 +360,21 @@ class Run:
         self.clock = time.time()
 
     def resume(self, tokenizer, model, ema, optimizers, g):
-        """Put the run folder's state back, drop what the log holds beyond it; returns the step."""
+        """Put the run folder's state back, drop what the log holds beyond it; returns the step.
+        Nothing but what save() wrote is believed."""
         check_tokenizer(self.out, tokenizer)
         path = self.out / "state.pt"
         if not path.exists():
             raise UserError(f"--resume found no {path}: leave it out to start a new run")
+        made = read_json(self.out / "config.json")
         try:
+            with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
+                if file.testzip():
+                    raise ValueError("its checksum is wrong")
             state = torch.load(path, map_location=self.device, weights_only=True)
+            ours = made["run"].get("id")  # None: before there were any
+            if state.get("id", ours) != ours:
+                raise ValueError("it is of another run than config.json")
             for part, stored in zip([model, ema, *optimizers],
                                     [state["model"], state["ema"], *state["optimizers"]]):
                 part.load_state_dict(stored)
@@ -342,35 +382,56 @@ class Run:
         except Exception as error:
             raise UserError(f"{path} does not fit this model ({last_line(error)}): it is broken or "
                             "was trained with other flags") from None
+        if made.get("sha256") not in (None, checksum(made)):
+            raise UserError(f"{self.out / 'config.json'} is not as the run wrote it: undo what was "
+                            "changed there, and change settings with flags")
+        self.id, self.saved = state.get("id", self.id), state["step"]
         if self.rank == 0:
+            log, (size, sha) = self.out / "log.jsonl", state.get("log", (0, None))
+            if sha and log.exists() and hashlib.sha256(log.read_bytes()[:size]).hexdigest() != sha:
+                raise UserError(f"{log} is not as the run wrote it: put the right file back, or "
+                                "delete this one to go on without the past")
             rows = [row for row in self.read_log() if 0 <= row["step"] < state["step"] or
                     row["kind"] == "train" and row["step"] == state["step"]]
             replace(self.out / "log.jsonl", lambda p: p.write_text(
                 "".join(json.dumps(row) + "\n" for row in rows)))
             self.seconds = max([row.get("seconds", 0) for row in rows], default=0)
+            if made["run"].get("step") != state["step"]:  # killed after state.pt was there
+                made["run"]["step"] = state["step"]
+                self.write_config(made)
         return state["step"]
 
     def save(self, step, tokenizer, model, ema, optimizers, g):
         """Write config.json, tokenizer.json, model.safetensors (the averaged weights, which are
         evaluated) and state.pt (all that --resume needs); each file is replaced whole or not at
-        all."""
+        all. config.json names the new step only when the other files are there."""
         if self.rank:
             return
-        facts = dict(command=" ".join(sys.argv), step=step, device=str(self.device),
-                     dtype=self.dtype, threads=torch.get_num_threads(), processes=self.world,
-                     torch=torch.__version__, machine=machine(self.device),
-                     parameters=sum(p.numel() for p in model.parameters()),
-                     code=code_of(sys.modules[type(self.cfg).__module__].__file__),
-                     tokenizer=tokenizer.fingerprint)
+        self.code = self.code or code_of(sys.modules[type(self.cfg).__module__].__file__)
+        facts = dict(id=self.id, command=" ".join(sys.argv), step=self.saved,
+                     device=str(self.device), dtype=self.dtype, threads=torch.get_num_threads(),
+                     processes=self.world, torch=torch.__version__, machine=machine(self.device),
+                     parameters=sum(p.numel() for p in model.parameters()), code=self.code,
+                     tokenizer=tokenizer.fingerprint, tokenizer_sha256=checksum(tokenizer.spec))
+        made = dict(getattr(ema, "card", {}), config=dataclasses.asdict(self.cfg), run=facts)
         replace(self.out / "tokenizer.json", lambda p: p.write_text(json.dumps(tokenizer.spec)))
-        replace(self.out / "config.json", lambda p: p.write_text(
-            json.dumps(dict(getattr(ema, "card", {}), config=dataclasses.asdict(self.cfg),
-                            run=facts), indent=1)))
+        self.write_config(made)
+        weights = ema.state_dict()
         replace(self.out / "model.safetensors", lambda p: save_file(
-            ema.state_dict(), p, {"format": "pt"}))
-        state = dict(step=step, model=model.state_dict(), ema=ema.state_dict(), g=g.get_state(),
+            weights, p, {"format": "pt", "id": self.id, "sha256": checksum(weights)}))
+        log = self.out / "log.jsonl"
+        log = log.read_bytes() if log.exists() else b""
+        state = dict(step=step, model=model.state_dict(), ema=weights, g=g.get_state(), id=self.id,
+                     log=(len(log), hashlib.sha256(log).hexdigest()),
                      optimizers=[optimizer.state_dict() for optimizer in optimizers])
         replace(self.out / "state.pt", lambda p: torch.save(state, p))
+        self.saved = facts["step"] = step
+        self.write_config(made)
+
+    def write_config(self, made):
+        """Write config.json with its checksum."""
+        made["sha256"] = checksum(made)
+        replace(self.out / "config.json", lambda p: p.write_text(json.dumps(made, indent=1)))
 
 
 # -------------------------------------------------------------------------------- checkpoints
@@ -378,10 +439,44 @@ class Run:
 def replace(path, write):
     """write(temporary file), then rename it to `path`: an interrupted write leaves the old file."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with naming(path):
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Whatever cannot be written inside is an OSError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    except SafetensorError as error:
+        raise OSError(errno.EIO, last_line(error).split(": ")[-1], str(path)) from None
+    except RuntimeError as error:
+        if not re.search("inline_container|iostream", str(error)):  # torch.save's words
+            raise
+        raise OSError(errno.EIO, "not written whole", str(path)) from None
+
+
+def checksum(stored):
+    """Sha256 of a dictionary of tensors, or of a JSON object without its own `sha256`."""
+    sha = hashlib.sha256()
+    for name, value in sorted(stored.items()):
+        if isinstance(value, torch.Tensor):
+            sha.update(f"{name} {value.dtype} {[*value.shape]}".encode())
+            sha.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        elif name != "sha256":
+            sha.update(f"{name} {json.dumps(value, sort_keys=True)}".encode())
+    return sha.hexdigest()
 
 
 def code_of(path):
@@ -419,8 +514,10 @@ def load_config(Config, out):
         cfg = Config(**stored["config"])
         kinds = {f.name: (int, float) if f.type is float else type(f.default)
                  for f in dataclasses.fields(Config)}
+        words = {f.name: typing.get_args(f.type) for f in dataclasses.fields(Config)}  # of Literals
         if not (isinstance(stored["run"]["tokenizer"], str) and
-                all(isinstance(getattr(cfg, name), kind) for name, kind in kinds.items())):
+                all(isinstance(getattr(cfg, name), kind) for name, kind in kinds.items()) and
+                all(getattr(cfg, name) in known for name, known in words.items() if known)):
             raise TypeError
         return cfg
     except (ValueError, KeyError, TypeError):
@@ -428,16 +525,43 @@ def load_config(Config, out):
                         "method or version?") from None
 
 
+def read_json(path):
+    """The dictionary that a JSON file holds, empty if the file is missing or broken."""
+    with contextlib.suppress(OSError, ValueError):
+        made = json.loads(Path(path).read_text())
+        return made if isinstance(made, dict) else {}
+    return {}
+
+
+def load_tensors(path):
+    """The tensors of a .safetensors file and its metadata; checks the sum that save() wrote."""
+    with safe_open(path, "pt") as file:
+        about = file.metadata() or {}
+    tensors = load_file(path)
+    if about.get("sha256") not in (None, checksum(tensors)):
+        raise SafetensorError("its checksum is wrong")
+    return tensors, about
+
+
 def load_weights(model, out):
     """Copy out/model.safetensors into `model`; a broken or foreign file is a UserError."""
-    path = Path(out) / "model.safetensors"
+    path, made = Path(out) / "model.safetensors", read_json(Path(out) / "config.json")
+    facts, spec = made.get("run", {}), Path(out) / "tokenizer.json"
     try:
-        model.load_state_dict(load_file(path))
+        tensors, about = load_tensors(path)
+        if "id" in about and about["id"] != facts.get("id", about["id"]):
+            raise SafetensorError("it is of another run than config.json")
+        model.load_state_dict(tensors)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: train first, or name the folder with --out") from None
     except (SafetensorError, RuntimeError, OSError) as error:
         raise UserError(f"{path} does not fit this model ({last_line(error)}): it is broken or was "
                         "trained with other flags") from None
+    if facts.get("tokenizer_sha256") not in (None, checksum(read_json(spec))):
+        raise UserError(f"{spec} is not as the run wrote it: put the right one back, the prepared "
+                        "data have it")
+    if made.get("sha256") not in (None, checksum(made)):
+        print(f"note: {path.with_name('config.json')} was edited after the run wrote it")
 
 
 def check_tokenizer(out, tokenizer):

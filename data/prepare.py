@@ -55,6 +55,7 @@ from common import UserError
 FORMAT = 1                          # part of a folder's name: raise it when the files change
 SPLITS = "train", "val", "test"
 END = "<|endoftext|>"
+CHECKED = 1 << 30                   # bytes: larger files are not read whole at every start
 WHOLE, SHORT, LONG = 1 << 20, 2000, 8000    # characters: see `documents` above
 SAMPLE = 64 << 20                   # characters of train that a BPE is trained on
 TALES = {"train": 100_000, "val": 2000, "test": 2000}
@@ -83,6 +84,15 @@ def hint(what, advice):
 
 def sha(data):
     return hashlib.sha256(data).hexdigest()
+
+
+def sha_of(path):
+    """Sha256 of a file, read in blocks."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            total.update(block)
+    return total.hexdigest()
 
 
 # ---- tokenizers --------------------------------------------------------------------------------
@@ -603,12 +613,14 @@ class Writer:
         offsets, logp = np.array(self.offsets), np.array(self.logp)
         np.save(f"{self.path}.idx.npy", offsets)
         stats = {"documents": len(offsets) - 1, "tokens": int(offsets[-1]), "bytes": self.bytes,
-                 "longest": int(np.diff(offsets).max(initial=0)), "sha256": self.sha.hexdigest()}
+                 "longest": int(np.diff(offsets).max(initial=0)), "sha256": self.sha.hexdigest(),
+                 "sha256_idx": sha_of(f"{self.path}.idx.npy")}
         if len(logp):
             if not np.isfinite(logp).all():
                 raise UserError("a story has probability 0: data/tales.txt was edited while its "
                                 "stories were written; run again")
             np.save(f"{self.path}.logp.npy", logp)
+            stats["sha256_logp"] = sha_of(f"{self.path}.logp.npy")
             stats["floor_nats_per_doc"] = -logp.mean()
             stats["floor_se"] = logp.std(ddof=1) / len(logp) ** 0.5
         return stats
@@ -684,8 +696,8 @@ def _hash(text):
 # ---- reading -----------------------------------------------------------------------------------
 
 def verify(folder):
-    """Sizes against meta.json and the tokenizer against its fingerprint, in milliseconds.
-    UserError naming the first file that is missing or damaged."""
+    """Every file against meta.json: its size, its sha256 (up to CHECKED bytes, a second) and the
+    tokenizer's fingerprint. UserError naming the first file that is missing or damaged."""
     folder = Path(folder)
 
     def check(name, read, expected=None):
@@ -693,7 +705,7 @@ def verify(folder):
             found = read(folder / name)
             if expected in (None, found):
                 return found
-        except (OSError, ValueError, IndexError, AttributeError):
+        except Exception:  # numpy and json have many ways to say it
             pass
         raise UserError(f"{folder / name} is missing or damaged: delete the folder {folder} and "
                         "run again")
@@ -704,14 +716,25 @@ def verify(folder):
 
     def parse(file):
         return json.loads(file.read_text())
-    meta = check("meta.json", parse)
-    check("tokenizer.json", lambda file: fingerprint(parse(file)), meta["fingerprint"])
-    for split, n in meta["splits"].items():
+
+    def facts(file):
+        meta = parse(file)
+        for n in (meta["splits"][split] for split in SPLITS):
+            n["documents"] + n["tokens"] + np.dtype(meta["dtype"]).itemsize, n["sha256"]
+        return meta
+    meta = check("meta.json", facts)
+    check("tokenizer.json", lambda file: fingerprint(parse(file)), meta.get("fingerprint", ""))
+    for split in SPLITS:
+        n = meta["splits"][split]
         size = n["tokens"] * np.dtype(meta["dtype"]).itemsize
         check(f"{split}.bin", lambda file: file.stat().st_size, size)
         check(f"{split}.idx.npy", ends, [n["documents"] + 1, n["tokens"]])
         if "floor_se" in n:
             check(f"{split}.logp.npy", lambda file: len(np.load(file)), n["documents"])
+        for kind, key in (("bin", "sha256"), ("idx.npy", "sha256_idx"), ("logp.npy",
+                                                                         "sha256_logp")):
+            if key in n and (folder / f"{split}.{kind}").stat().st_size <= CHECKED:
+                check(f"{split}.{kind}", sha_of, n[key])
 
 
 def open_split(folder, split):

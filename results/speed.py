@@ -1,27 +1,45 @@
-"""Measure speed as ratios in one run: `python results/speed.py` writes results/speed.json.
+"""Measure speed, as ratios in one run: what all six scripts gain, and what they cost.
 
-Training steps of ar.py and mdlm.py against the same networks trained the plain way (float32, fused
-attention, logits at every position, no trimming); their share of the machine's bfloat16 matrix
-products; generation with and without the cache of keys and values; 1000-step masked diffusion.
+    python results/speed.py              everything, six minutes: writes results/speed.json
+
+Parts, which may be named to measure only these again: memory (peak of training), start (--help and
+the first step), train (against the same network trained plainly: fused attention, logits at every
+position, float32 or bfloat16; share of the machine's bfloat16 matrix products; loading of data)
+and sample (few calls and one token a call, against ar.py with its cache). Whatever is compared
+takes turns, call by call, and medians are kept: a noisy machine slows all alike.
 """
+import contextlib
+import functools
+import inspect
 import json
+import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT, TARGET = Path(__file__).resolve().parent.parent, Path(__file__).with_suffix(".json")
+sys.path.insert(0, str(ROOT))
 import ar
+import bit_diffusion
 import common
+import diffugpt_varlen
+import dit_embed
 import mdlm
+import sdd
 
+SCRIPTS = {s.NAME: s for s in (ar, mdlm, dit_embed, bit_diffusion, sdd, diffugpt_varlen)}
 BF16 = torch.autocast("cpu", torch.bfloat16)
 FP32 = torch.autocast("cpu", enabled=False)
-MDLM = {  # settings of mdlm.sample that are timed
-    "one_token_a_call": dict(order="random", quota="one"),
+ONE = "one_token_a_call"  # how samples of a Config without changes are drawn
+MDLM = {  # settings of mdlm.sample that are timed besides these and FAST
     "maxprob_32": dict(order="maxprob", quota="even", sampling_steps=32),
     "random_32": dict(order="random", quota="even", sampling_steps=32),
     "random_16": dict(order="random", quota="even", sampling_steps=16),
@@ -31,19 +49,40 @@ MDLM = {  # settings of mdlm.sample that are timed
 }
 
 
-def seconds(work, repeats=7):
-    """Median seconds of work(), after two calls that do not count."""
-    times = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+def race(works, rounds, warm):
+    """Median seconds of `works`, name -> function, called in turn; `warm` rounds do not count."""
+    times = {name: [] for name in works}
+    for _ in range(warm + rounds):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(several[warm:]) for name, several in times.items()}
 
 
-def plain_attend(q, k, v, causal):
-    """PyTorch's fused attention, as on a GPU."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+def build(script):
+    """The default Config of a script, a new network, its optimizers, a generator."""
+    start = dict(init_from="scratch") if script is diffugpt_varlen else {}
+    cfg = script.fill_in(script.Config(**start))
+    torch.manual_seed(0)
+    model = script.Model(cfg)
+    return cfg, model, script.make_optimizers(model, cfg), torch.Generator().manual_seed(0)
+
+
+def step(script, loss_fn, cfg, model, optimizers, g, amp=BF16):
+    """One optimizer step: data, loss, backward, both optimizers."""
+    with amp:
+        loss = loss_fn(model, script.get_batch("train", cfg, g), cfg, g)[0]
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def plain_attend(q, k, v, seen=None, bias=None):
+    """PyTorch's fused attention, as on a GPU. seen: causal or not, or who looks where."""
+    mask = seen if torch.is_tensor(seen) else None
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=seen is True)
 
 
 def plain_ar(model, x0, cfg, g):
@@ -53,78 +92,183 @@ def plain_ar(model, x0, cfg, g):
     return ce[ar.charged(x0, cfg).flatten()].mean(), {}
 
 
-def plain_mdlm(model, x0, cfg, g):
-    """mdlm.loss_fn the plain way: logits everywhere."""
-    n = torch.arange(1, len(x0) + 1) * cfg.seq_len // len(x0)
-    xt, is_mask = mdlm.corrupt_count(x0, n, cfg, g)
-    ce = F.cross_entropy(model(xt, n / cfg.seq_len).flatten(0, 1), x0.flatten(), reduction="none")
-    return ((ce.view_as(x0) * is_mask).sum(1) / n).mean(), {}
+@contextlib.contextmanager
+def plainly(script):
+    """In this context the network of a script has fused attention and computes logits everywhere;
+    the loss takes those that it charges."""
+    Model = script.Model
+    forward, names = Model.forward, list(inspect.signature(Model.forward).parameters)[1:]
+
+    def everywhere(self, *inputs, **named):
+        given = dict(zip(names, inputs)) | named
+        where = given.pop("where", None)
+        logits = forward(self, **given)
+        return logits if where is None else logits[where]
+
+    changed = dict(forward=everywhere)
+    if script is diffugpt_varlen:  # its loss asks for hidden states and then for their logits
+        aligned, unembed = Model.aligned, Model.unembed
+        changed = dict(aligned=lambda self, *inputs: unembed(self, aligned(self, *inputs)),
+                       unembed=lambda self, logits: logits)
+    with mock.patch.multiple(Model, **changed), mock.patch.object(script, "attend", plain_attend):
+        yield
 
 
-def train_speed(script, plain):
-    """Positions of rows per second: as the script trains, and plainly; share of the peak."""
-    cfg = script.fill_in(script.Config())
-    torch.manual_seed(0)
-    model = script.Model(cfg)
-    optimizers = script.make_optimizers(model, cfg)
-    g = torch.Generator().manual_seed(0)
-    fused = script.attend
-
-    def step(loss_fn, amp):
-        with amp:
-            loss = loss_fn(model, script.get_batch("train", cfg, g), cfg, g)[0]
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    rows = cfg.batch_size * cfg.seq_len
-    fast = rows / seconds(lambda: step(script.loss_fn, BF16), 15)
-    script.attend = plain_attend
-    half = rows / seconds(lambda: step(plain, BF16), 15)
-    slow = rows / seconds(lambda: step(plain, FP32), 15)
-    script.attend = fused
-    matrices = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
-    charged, computed = 0.5, 1.0  # shares of a row that meet the head, and the trunk
-    if script is ar:
-        length = ar.charged(script.get_batch("train", cfg, g), cfg).sum(1).sort().values
-        charged = length.float().mean().item() / cfg.seq_len
-        computed = sum(h.max().item() for h in length.chunk(2)) / 2 / cfg.seq_len
-    flops = 6 * matrices * computed + 6 * model.head.weight.numel() * charged \
-        + 12 * cfg.n_layer * cfg.seq_len * cfg.n_embd * computed ** 2
-    return dict(tokens_per_second=fast, plain_float32=slow, plain_bfloat16=half, ratio=fast / slow,
-                gflops=fast * flops / 1e9)
+@contextlib.contextmanager
+def softmax_everywhere(model):
+    """In this context a network of dit_embed.py takes no position for settled: all but pure noise
+    go through the softmax over the vocabulary, as at first."""
+    kept, model.range = model.range, (model.range[0] + 1, model.range[1])
+    yield
+    model.range = kept
 
 
-def main():
-    """Measure everything, write speed.json and print it."""
-    device = torch.device("cpu")
-    a = torch.randn(2048, 2048, dtype=torch.bfloat16)
-    out = dict(command="python results/speed.py", seed=0, torch=torch.__version__,
-               machine=common.machine(device), threads=torch.get_num_threads(),
-               bfloat16=common.cpu_has_bf16())
-    out["peak_gflops"] = 2 * 2048 ** 3 / seconds(lambda: a @ a, 20) / 1e9
-    for script, plain in ((ar, plain_ar), (mdlm, plain_mdlm)):
-        row = out[f"train_{script.NAME}"] = train_speed(script, plain)
-        row["share_of_peak"] = row["gflops"] / out["peak_gflops"]
-    cfg = ar.Config(vocab_size=2048, bos=0, eos=0, rows="stream")  # stream: no row ends early
-    model = ar.Model(cfg)
-    with BF16:
-        for n in (1, 16):
+def train():
+    """Positions of rows per second of training, as the script does it and plainly; of loading."""
+    out, matrix = {}, torch.randn(2048, 2048, dtype=torch.bfloat16)
+    for name, script in SCRIPTS.items():
+        made = cfg, model, _, g = build(script)
+
+        def take(context=contextlib.nullcontext(), loss_fn=script.loss_fn, amp=BF16):
+            with context:
+                step(script, loss_fn, *made, amp)
+
+        plain = plain_ar if script is ar else script.loss_fn
+        works = dict(script=take, data=lambda: script.get_batch("train", cfg, g),
+                     plain_bfloat16=lambda: take(plainly(script), plain),
+                     plain_float32=lambda: take(plainly(script), plain, FP32),
+                     peak=lambda: matrix @ matrix)
+        if script is dit_embed:
+            works["before"] = lambda: take(softmax_everywhere(model))
+        took = race(works, 11, warm=2)
+        with FlopCounterMode(display=False) as counter:  # matrix products and convolutions
+            for _ in range(4):  # sizes are random
+                take()
+        rows, gflop = cfg.batch_size * cfg.seq_len, counter.get_total_flops() / 4e9
+        speed = {key: rows / took[key] for key in ("plain_float32", "plain_bfloat16", "script")}
+        row = out[f"train_{name}"] = dict(
+            tokens_per_second=speed.pop("script"), **speed, gflop=gflop,
+            ratio=took["plain_float32"] / took["script"],
+            ratio_bfloat16=took["plain_bfloat16"] / took["script"],
+            gflops=gflop / took["script"], peak_gflops=2 * 2.048 ** 3 / took["peak"])
+        row["share_of_peak"] = row["gflops"] / row["peak_gflops"]
+        out[f"data_{name}"] = dict(tokens_per_second=rows / took["data"],
+                                   share_of_step=took["data"] / took["script"])
+        if script is dit_embed:
+            out["settled_train"] = dict(before=took["before"], after=took["script"],
+                                        ratio=took["before"] / took["script"])
+    out["peak_gflops"] = statistics.median(out[f"train_{name}"]["peak_gflops"] for name in SCRIPTS)
+    return out
+
+
+def sample():
+    """Seconds for 1 and 16 rows of 160 tokens by new networks. Rows are windows, of which none
+    ends early (nor does a canvas of diffugpt_varlen.py)."""
+    fixed, out = dict(vocab_size=2048, bos=0, eos=0, rows="stream"), {}
+    networks = {name: script.Model(script.Config(**fixed)) for name, script in SCRIPTS.items()}
+    plans = {(name, ONE): script.Config(**fixed) for name, script in SCRIPTS.items()}
+    plans |= {(name, "fast"): SCRIPTS[name].fast(cfg) for (name, _), cfg in plans.items()
+              if name != "ar"}
+    plans |= {("mdlm", how): mdlm.Config(**fixed, **flags) for how, flags in MDLM.items()}
+    settled = plans["dit_embed", "fast"]
+    for n in (1, 16):
+        calls = {}
+
+        def draw(key, cfg, context=contextlib.nullcontext(), **more):
             g = torch.Generator().manual_seed(0)
-            cached = seconds(lambda: ar.sample(model, cfg, n, g), 3)
-            uncached = seconds(lambda: ar.sample(model, cfg, n, g, cached=False), 3)
-            out[f"sample_ar_{n}"] = dict(cached=cached, uncached=uncached, ratio=uncached / cached)
-        for n, name, settings in [(n, *pair) for n in (1, 16) for pair in MDLM.items()]:
-            plan = mdlm.Config(vocab_size=2048, rows="stream", **settings)
-            network, info = mdlm.Model(plan), {}
-            took = seconds(lambda: info.update(mdlm.sample(network, plan, n, g)[1]), 3)
-            out[f"sample_mdlm_{n}_{name}"] = dict(
-                seconds=took, **info, times_ar_cached=took / out[f"sample_ar_{n}"]["cached"])
+            with BF16, context:
+                calls[key] = SCRIPTS[key[0]].sample(networks[key[0]], cfg, n, g, **more)[1]["nfe"]
+
+        works = {key: functools.partial(draw, key, cfg) for key, cfg in plans.items()}
+        works["uncached"] = lambda: draw(("ar", ""), plans["ar", ONE], cached=False)
+        works["before"] = lambda: draw(("dit_embed", ""), settled,
+                                       softmax_everywhere(networks["dit_embed"]))
+        took = race(works, 2, warm=n == 1)
+        cached = took["ar", ONE]
+        out[f"sample_ar_{n}"] = dict(cached=cached, uncached=took["uncached"],
+                                     ratio=took["uncached"] / cached)
+        out |= {f"sample_{name}_{n}_{how}": dict(
+            seconds=took[name, how], nfe=calls[name, how], times_ar_cached=took[name, how] / cached)
+            for name, how in plans if name != "ar"}
+        after = took["dit_embed", "fast"]
+        out[f"settled_sample_{n}"] = dict(before=took["before"], after=after,
+                                          ratio=took["before"] / after)
+    return out
+
+
+def five_steps(name):
+    """MiB that this process held at most, before and after five optimizer steps."""
+    script, made = SCRIPTS[name], build(SCRIPTS[name])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(5):
+        step(script, script.loss_fn, *made)
+    return [before / 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]
+
+
+def memory():
+    """Peak memory of training, each script in a new process. Comes first: Linux counts what the
+    process that starts another one holds."""
+    out = {}
+    for name in SCRIPTS:
+        code = f"import speed; print(speed.five_steps('{name}'))"
+        said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT / "results")
+        before, peak = json.loads(said.splitlines()[-1])
+        out[f"memory_{name}"] = dict(mib=peak, mib_before=before)
+    return out
+
+
+def first_step(name):
+    """Seconds from the start of a process to its first evaluation (128 validation stories) and to
+    the first optimizer step, which comes after it. Data are prepared already."""
+    with tempfile.TemporaryDirectory() as folder, open(f"{folder}/said", "w+") as said:
+        command = f"{name}.py --steps 1 --eval-every 1000 --out {folder}/run" + (
+            " --init-from scratch" if name == "diffugpt_varlen" else "")
+        log, seen, begun = Path(folder) / "run/log.jsonl", {}, time.perf_counter()
+        process = subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, stdout=said,
+                                   stderr=said)
+        while "train" not in seen:
+            for kind in ("val", "train"):
+                if log.exists() and f'"kind": "{kind}"' in log.read_text():
+                    seen.setdefault(kind, time.perf_counter() - begun)
+            if process.poll():
+                sys.exit(f"{command}: {Path(said.name).read_text()}")
+            time.sleep(0.005)
+        process.kill()  # it would go on to evaluate and to draw samples
+        process.wait()
+    return dict(first_evaluation=seen["val"], first_step=seen["train"])
+
+
+def start():
+    """Seconds of `python X.py --help`, and to the first step of `python X.py`."""
+    out = {}
+    for name, script in SCRIPTS.items():
+        script.fill_in(script.Config())
+        ask = [sys.executable, f"{name}.py", "--help"]
+        helped = race({"help": lambda: subprocess.check_output(ask, cwd=ROOT)}, 3, 0)
+        out[f"start_{name}"] = helped | first_step(name)
+    return out
+
+
+PARTS = dict(memory=memory, start=start, train=train, sample=sample)
+
+
+def main(argv):
+    """Measure all parts, or those that are named, write speed.json and print it."""
+    if not set(argv) <= set(PARTS):
+        sys.exit(f"parts are {', '.join(PARTS)}")
+    out = json.loads(TARGET.read_text()) if argv else {}
+    out |= dict(command="python results/speed.py", seed=0, torch=torch.__version__,
+                machine=common.machine(torch.device("cpu")), threads=torch.get_num_threads(),
+                bfloat16=common.cpu_has_bf16(), redone=sorted({*out.get("redone", []), *argv}))
+    for name, part in PARTS.items():
+        if not argv or name in argv:
+            begun = time.perf_counter()
+            out |= part()
+            out[f"seconds_{name}"] = time.perf_counter() - begun
     text = json.dumps(out, indent=1)
-    Path(__file__).with_suffix(".json").write_text(text + "\n")
+    TARGET.write_text(text + "\n")
     print(text)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

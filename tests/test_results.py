@@ -172,3 +172,31 @@ def test_the_tokenizer_of_the_results_is_the_one_in_the_repository():
 def test_the_line_counts_of_the_readme_are_those_of_the_scripts():
     for name, count in re.findall(r"^\| \[`(\w+\.py)`\]\(\1\) \| (\d+) \|", README, re.M):
         assert len((ROOT / name).read_text("utf-8").splitlines()) == int(count)
+
+
+def test_the_readme_shows_what_training_and_sampling_cost():
+    """`| script | tokens/s | times plain float32 | plain bfloat16 | share of peak | MiB | --help |
+    first step |` and `| script | one token a call, 1 row | 16 | FAST, 1 row | 16 |` times ar.py."""
+    made = json.loads((ROOT / "results/speed.json").read_text("utf-8"))
+    assert {"command", "seed", "torch", "machine", "threads"} <= made.keys()
+    for name in ("ar", "mdlm", "dit_embed", "bit_diffusion", "sdd", "diffugpt_varlen"):
+        row, start = made[f"train_{name}"], made[f"start_{name}"]
+        assert (f"| `{name}.py` | {row['tokens_per_second']:,.0f} | {row['ratio']:.1f} | "
+                f"{row['ratio_bfloat16']:.1f} | {row['share_of_peak']:.0%} | "
+                f"{made[f'memory_{name}']['mib']:,.0f} | {start['help']:.1f} | "
+                f"{start['first_step']:.1f} |") in README
+        if name != "ar":
+            shown = [made[f"sample_{name}_{n}_{how}"]["times_ar_cached"]
+                     for how in ("one_token_a_call", "fast") for n in (1, 16)]
+            assert f"| `{name}.py` | " + " | ".join(f"{v:.1f}" for v in shown) + " |" in README
+
+
+def test_the_readme_shows_the_scaling_of_width_and_steps():
+    """`| script | width | 200 steps | 800 steps |`, in nats per story."""
+    made = json.loads((ROOT / "results/scaling.json").read_text("utf-8"))
+    assert {"command", "seed", "torch", "machine", "threads"} <= made.keys()
+    rows = {(row["name"], row["n_embd"], row["steps"]): row for row in made["rows"]}
+    for name, width in {key[:2] for key in rows}:
+        cells = [f"{ {'exact': '=', 'upper': '<='}[row['bound']]} {row['nats_per_story']:.1f} ± "
+                 f"{row['se']:.1f}" for row in (rows[name, width, s] for s in (200, 800))]
+        assert f"| `{name}.py` | {width} | {cells[0]} | {cells[1]} |" in README
