@@ -254,6 +254,8 @@ def speed(budget, repeats=7):
                 write, script, model, sampling(script, cfg), n)
     for k in range(repeats):
         for job, call in work.items():
+            if job[1] == "train":
+                call()  # caches are the last job's
             if job[1] == "train" or k < 3:
                 clock = time.perf_counter()
                 call()

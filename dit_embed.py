@@ -3,7 +3,7 @@
 Method: Diffusion-LM (Li et al. 2022, arXiv 2205.14217), CDCD (Dieleman et al. 2022), Plaid
 (Gulrajani and Hashimoto 2023); the bound is that of VDM (Kingma et al. 2021, arXiv 2107.00630).
 
-    python dit_embed.py             8 minutes, 2 CPU cores: <= 1.62 nats/token (entropy 0.91)
+    python dit_embed.py             7 minutes, 2 CPU cores: <= 1.64 nats/token (entropy 0.91)
     python dit_embed.py sample --prompt "Once upon a time" --n 3 --trace          64 calls, see FAST
     python dit_embed.py sample --infill "Once upon a ___ there was ___"
     python dit_embed.py eval             bound and its parts, accuracy, infilling, few-step samples

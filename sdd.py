@@ -6,7 +6,7 @@ and the candidates are the top of the exact posterior. The original (--process o
 answer among the candidates in training, but not in sampling: see notebook 05. A relative, with
 embeddings in place of one-hot vectors: Wu et al. 2026, arXiv 2605.12836.
 
-    python sdd.py                8 minutes, 2 CPU cores: <= 1.63 nats/token (entropy 0.91)
+    python sdd.py                6 minutes, 2 CPU cores: <= 1.63 nats/token (entropy 0.91)
     python sdd.py sample --prompt "Once upon a time" --n 3 --trace         32 calls, see FAST
     python sdd.py sample --infill "Once upon a ___ there was ___"
     python sdd.py eval           bounds, the truth among the candidates, infilling, few-step samples

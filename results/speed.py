@@ -1,6 +1,6 @@
 """Measure speed, as ratios in one run: what all six scripts gain, and what they cost.
 
-    python results/speed.py              everything, six minutes: writes results/speed.json
+    python results/speed.py              everything, seven minutes: writes results/speed.json
 
 Parts, which may be named to measure only these again: memory (peak of training), start (--help and
 the first step), train (against the same network trained plainly: fused attention, logits at every

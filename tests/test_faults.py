@@ -574,7 +574,7 @@ def test_a_checkpoint_without_checksums_goes_on(home, fork, straight, tmp_path):
 @each
 @pytest.mark.parametrize("argv, sentence", [
     ("--seed 1" + "0" * 30, "it must be between -2^31 and 2^31"),
-    ("--resume --steps 99999999999", "--steps is 99999999999, it must be between"),
+    ("--resume --warmup 99999999999", "--warmup is 99999999999, it must be between"),
     ("--resume --lr -1", "--lr is -1.0, it must be at least 0"),
     ("sample --n 0", "--n is 0, it must be at least 1"),
     ("sample --temperature nan", "--temperature is nan, it must be at least 0"),
