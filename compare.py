@@ -254,8 +254,6 @@ def speed(budget, repeats=7):
                 write, script, model, sampling(script, cfg), n)
     for k in range(repeats):
         for job, call in work.items():
-            if job[1] == "train":
-                call()  # caches are the last job's
             if job[1] == "train" or k < 3:
                 clock = time.perf_counter()
                 call()
@@ -463,12 +461,11 @@ def tables(results):
             "" if name == "real" else f"{sign} {test['gap']:.1f} ± {test['gap_se']:.1f} "
             f"({test['gap'] / test['floor_per_doc']:+.0%})",
             cell(row.get("one_token")), cell(row.get("parameters") and row["parameters"] / 1e6),
-            f"{speeds['train'][name]:,.0f}" if name in IDEAS else "",
             *([f"{1000 * speeds[p][name][k]:,.0f}" for p in ("own", "fast") for k in (0, 1)]
               if name in IDEAS else [""] * 4)])
     details = markdown(
         "method | seeds | nats per story | above the truth (paired) | one hidden token | "
-        "parameters, M | training, tokens/s | a story alone, ms | "
+        "parameters, M | a story alone, ms | "
         f"of {speeds['n']} | as `sample`: alone | of {speeds['n']}", lines)
     lines = []
     for name, row in known.items():
@@ -610,7 +607,7 @@ def draw_figures(results, folder):
     figure, panels = new_figure(3)
     at, speeds = range(len(kept)), results[-1]
     panels[0].bar(at, [speeds["train"][name] for name in kept], color=[color[n] for n in kept])
-    panels[0].set_title("training, tokens a second", fontsize=10)
+    panels[0].set_title("training, tokens a second, in turns", fontsize=10)
     for k, (axes, n) in enumerate(zip(panels[1:], (1, speeds["n"]))):
         for part, shift, hatch in (("own", -0.2, ""), ("fast", 0.2, "//")):
             axes.bar([i + shift for i in at], [speeds[part][name][k] for name in kept], 0.38,
