@@ -710,8 +710,9 @@ def publish(budget, command):
         rows = [measure(name, budget, seed) for name in IDEAS for seed in plan["seeds"]
                 if is_made(name, settings(name, budget, seed)) is True]
         made = dict(kind="config", command=command, budget=budget, tokens=budget_tokens(budget),
-                    seeds=sorted({row["seed"] for row in rows}), test=plan["test"], n=plan["n"],
-                    **{k: rows[0][k] for k in ("torch", "machine", "dtype")})
+                    seed=rows[0]["seed"], seeds=sorted({row["seed"] for row in rows}),
+                    config=plan["run"], test=plan["test"], n=plan["n"],
+                    **{k: rows[0][k] for k in ("torch", "machine", "threads", "dtype")})
         results = [made, *baselines(budget), *rows, speed(budget)]
         common.replace(folder / "compare.jsonl", lambda p: p.write_text(
             "".join(json.dumps(row) + "\n" for row in results), "utf-8"))

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EVALS = sorted((ROOT / "results").glob("*_eval*.jsonl"))
-FILES = sorted({*(ROOT / "results").glob("*.jsonl")} - {*EVALS})
+FILES = sorted({*(ROOT / "results").glob("*.jsonl")} - {*EVALS, ROOT / "results/compare.jsonl"})
 README = (ROOT / "README.md").read_text("utf-8")
 
 
