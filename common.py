@@ -564,6 +564,17 @@ def load_weights(model, out):
         print(f"note: {path.with_name('config.json')} was edited after the run wrote it")
 
 
+def verify_weights(out):
+    """Raise a UserError if out/model.safetensors is there and is not as a run wrote it."""
+    path = Path(out) / "model.safetensors"
+    try:
+        if path.exists():
+            load_tensors(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is broken ({last_line(error)}): delete the folder {out} and train "
+                        "it again") from None
+
+
 def check_tokenizer(out, tokenizer):
     """Raise a UserError unless the data's tokenizer is the one the checkpoint was trained with."""
     stored = json.loads((Path(out) / "config.json").read_text())["run"]["tokenizer"]

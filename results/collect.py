@@ -12,6 +12,7 @@ def collect(out, target, every=25):
     """Copy a run folder's config.json and log.jsonl into one small JSON-lines file."""
     made = json.loads((Path(out) / "config.json").read_text())
     del made["config"]["data_dir"]  # a path of the machine it ran on
+    made.pop("sha256", None)  # of the file with it
     rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["kind"] != "train" or row["step"] % every == 0]
     lines = [json.dumps(row) for row in [dict(kind="config", **made), *rows]]

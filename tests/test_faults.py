@@ -267,6 +267,17 @@ def test_a_run_killed_in_its_first_stage_goes_on_there(home, fork, straight, tmp
 
 
 @posix
+def test_a_parent_with_a_flipped_bit_is_not_adapted(home, fork, tmp_path):
+    argv = line(home, "diffugpt_varlen", tmp_path / "run", "--parent-steps", 2, scratch=False)
+    assert fork("diffugpt_varlen", argv)[0] == 0
+    path = tmp_path / "run_parent" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 16
+    path.write_bytes(data)
+    assert "its checksum is wrong" in one_sentence(*fork("diffugpt_varlen", argv))
+
+
+@posix
 def test_a_run_killed_twice_between_checkpoints_and_in_an_old_folder(home, fork, straight,
                                                                      tmp_path):
     """The log is cut back twice; what the folder held before, or no checkpoint, is no obstacle."""
