@@ -44,7 +44,7 @@ IDEAS = {  # in the order of the tables
     "diffugpt_varlen": "a GPT becomes a diffusion model, length known first",
 }
 BUDGETS = dict(  # settings of every run; test documents, samples, calls of the few-step frontier
-    quick=dict(run=dict(steps=32, eval_every=32, n_layer=1, n_head=2, n_embd=64, device="cpu",
+    quick=dict(run=dict(steps=16, eval_every=16, n_layer=1, n_head=2, n_embd=64, device="cpu",
                         sampling_steps=8), seeds=(1337,), test=16, n=4, frontier=(4,)),
     standard=dict(run=dict(steps=1600), seeds=(1337, 1338, 1339), test=256, n=64,
                   frontier=(4, 8, 16, 32, 64)),
@@ -226,6 +226,7 @@ def speed(budget, repeats=7):
     key = {name: common.code_of(ROOT / f"{name}.py") for name in IDEAS}
     if kept.exists() and json.loads(kept.read_text())["key"] == key:
         return json.loads(kept.read_text())
+    repeats = repeats if plan["test"] > 100 else 3
 
     def step(script, model, cfg, optimizers, g):
         x0 = script.get_batch("train", cfg, g).to(next(model.parameters()).device)
