@@ -615,7 +615,7 @@ def draw_figures(results, folder):
                      hatch=hatch, color=[color[name] for name in kept], edgecolor="white",
                      label="as the network is" if part == "own" else "as sample draws")
         axes.set_title(f"seconds for a story, {n} at a time", fontsize=10)
-    panels[1].legend(fontsize=7)
+    panels[2].legend(fontsize=7, loc="upper left")
     for axes in panels:
         axes.set_xticks(at, kept, rotation=40, ha="right", fontsize=7)
         axes.grid(alpha=0.3, axis="y")
