@@ -2,7 +2,7 @@
 
 Method: MDLM (Sahoo et al. 2024, arXiv 2406.07524), MD4 (Shi et al. 2024), LLaDA (Nie et al. 2025).
 
-    python mdlm.py                  5 minutes, 2 CPU cores: <= 1.52 nats/token (entropy 0.91)
+    python mdlm.py                  6 minutes, 2 CPU cores: <= 1.52 nats/token (entropy 0.91)
     python mdlm.py sample --prompt "Once upon a time" --n 3 --trace          32 calls, see FAST
     python mdlm.py sample --infill "Once upon a ___ there was ___"
     python mdlm.py eval             bound, masked accuracy, infilling, samples of few steps
