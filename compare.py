@@ -747,6 +747,9 @@ def main(argv):
         seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else plan["seeds"]
     except ValueError:
         raise UserError(f"--seeds is '{args.seeds}', give numbers: 1337,1338") from None
+    if not set(seeds) <= set(plan["seeds"]):  # others would be trained and never shown
+        raise UserError(f"--seeds is '{args.seeds}', this budget has "
+                        f"{', '.join(map(str, plan['seeds']))}")
     folder_of(args.budget).mkdir(parents=True, exist_ok=True)
     if args.what == "film":
         return make_film(args.budget, folder_of(args.budget))

@@ -254,7 +254,8 @@ def test_new_documents_are_told_from_training_documents():
 # ---- mistakes ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("argv, said", [
-    (["--only", "mdlm,gpt"], "gpt"), (["--seeds", "1,x"], "1,x"), (["--budget", "huge"], "huge"),
+    (["--only", "mdlm,gpt"], "gpt"), (["--seeds", "1,x"], "1,x"),
+    (["--seeds", "1337,5"], "1337,5"), (["--budget", "huge"], "huge"),
     (["shoot"], "shoot"), (["film", "--budget", "quick"], "no run of ar.py"),
     (["table", "--budget", "quick"], "--budget quick"), (["--jobs", "two"], "two")])
 def test_mistakes_are_told_in_one_sentence(argv, said, tmp_path, monkeypatch):
