@@ -55,8 +55,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import common
-from common import UserError
+import common_v1 as common
+from common_v1 import UserError
 from data.prepare import load_tokenizer, open_split, prepare, verify
 
 NAME, BOUND = "bit_diffusion", "upper"

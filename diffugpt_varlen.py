@@ -46,8 +46,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import common
-from common import UserError
+import common_v1 as common
+from common_v1 import UserError
 from data.prepare import load_tokenizer, open_split, prepare, verify
 
 NAME, BOUND = "diffugpt_varlen", "upper"

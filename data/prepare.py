@@ -1,6 +1,7 @@
 """Any text -> a folder of token files that the scripts read with numpy.memmap.
 
-    python data/prepare.py NAME|PATH [--tokenizer T] [--vocab-size N] [--docs N] [--cache DIR]
+    python data/prepare.py NAME|PATH [--tokenizer T] [--vocab-size N] [--max-docs N]
+                           [--split auto|lines] [--cache DIR]
 
 NAME       tales (written here by data/tales.py), or from the Hugging Face hub tinystories,
            wikitext2, openwebtext, fineweb
@@ -11,15 +12,18 @@ documents  .jsonl and .parquet: the field `text`, or the only string field. wiki
            .txt: what stands between two <|endoftext|>; in a folder, a small file. Running text (a
            file without marks, or more than 1 MB between two) is cut at the first blank line, or
            failing that line end, or space, between the characters 2000 and 8000.
+           --split lines: every line of a .txt that is not blank is a document, as it stands.
 split      by sha256 of the document: val 2 %, test 2 %, train 96 %, so equal documents stay
            together. Below 1000 documents the smallest hashes make val and test, at least one
            each. A hub dataset that has a validation split keeps its own splits; a missing test is
            half of validation, by hash. tales: one seed each.
 tokenizer  bpe (byte-level, trained on train; 2048 ids), gpt2 (50257 ids; with --vocab-size N the
-           first N - 1 ids of the same table, and EOS), byte, hf:NAME or hf:PATH
+           first N - 1 ids of the same table, and EOS), byte, char (an id for each character of
+           the text, all splits), hf:NAME or hf:PATH
 folder     {train,val,test}.bin: the documents, each followed by EOS, as uint16 (uint32 above
-           65535 ids); *.idx.npy: where they begin; tokenizer.json; meta.json; for tales also
-           {val,test}.logp.npy: the exact log-probability of each document in nats.
+           65535 ids); *.idx.npy: where they begin; tokenizer.json; meta.json (sizes, hashes, the
+           unigram entropy of each split); for tales also {val,test}.logp.npy: the exact
+           log-probability of each document in nats.
 """
 import argparse
 import base64
@@ -35,7 +39,7 @@ import tempfile
 import textwrap
 from array import array
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Callable
 
@@ -50,9 +54,9 @@ except ImportError:                 # Windows: no waiting, the slower of two bui
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))   # `python data/prepare.py` puts only data/ on the path
-from common import UserError
+from data.files import UserError, run_main
 
-FORMAT = 1                          # part of a folder's name: raise it when the files change
+FORMAT = 2                          # part of a folder's name: raise it when the files change
 SPLITS = "train", "val", "test"
 END = "<|endoftext|>"
 CHECKED = 1 << 30                   # bytes: larger files are not read whole at every start
@@ -101,14 +105,16 @@ class Tokenizer:
     """Text <-> ids. A model predicts the ids 0 ... vocab_size - 1, `eos` among them. `bos` is an
     input only (our own tokenizers use eos for it, as GPT-2 does). `pad` is vocab_size, one past
     the end, unless the vocabulary has its own. `spec` (JSON) is all that defines the mapping and
-    `fingerprint` its hash; its kind says who does the work: byte (Python), gpt2 (`tiktoken`) or
-    hf (`tokenizers`)."""
+    `fingerprint` its hash; its kind names what does the work: byte and char (Python), gpt2
+    (`tiktoken`) or hf (`tokenizers`)."""
 
     def __init__(self, spec):
         self.spec, self.name, self.vocab_size = spec, spec["name"], spec["vocab_size"]
         self.eos, self.bos, self.pad = spec["eos"], spec["bos"], spec["pad"]
         self.kind, self.fingerprint = spec["kind"], fingerprint(spec)
-        if self.kind == "gpt2":
+        if self.kind == "char":
+            self.ids = {char: i for i, char in enumerate(spec["characters"])}
+        elif self.kind == "gpt2":
             import tiktoken
             ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"])}
             self.bpe = tiktoken.Encoding(self.name, pat_str=spec["pattern"],
@@ -127,18 +133,42 @@ class Tokenizer:
     def encode_batch(self, texts):
         if self.kind == "byte":
             return [list(text.encode()) for text in texts]
+        if self.kind == "char":
+            if unknown := sorted(set().union(*texts) - self.ids.keys()):
+                raise UserError(f"the vocabulary holds the characters of the data, and not "
+                                f"{str(unknown)[1:-1]}: leave these out of the prompt")
+            return [[self.ids[char] for char in text] for text in texts]
         if self.kind == "gpt2":
             return self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
         return [e.ids for e in self.bpe.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids):
-        """The text of ids (list, array or tensor); specials and ids past the vocabulary say
-        nothing, and bytes that are not UTF-8 become U+FFFD."""
+        """The text of ids (list, array or tensor). It leaves out specials and ids past the
+        vocabulary; bytes that are not UTF-8 become U+FFFD."""
         silent = self.eos, self.bos, self.pad
         ids = [i for i in map(int, ids) if i < self.vocab_size and i not in silent]
         if self.kind == "byte":
             return bytes(ids).decode(errors="replace")
+        if self.kind == "char":
+            return "".join(self.spec["characters"][i] for i in ids)
         return self.bpe.decode(ids, **({"errors": "replace"} if self.kind == "gpt2" else {}))
+
+    def encode_infill(self, text, mask):
+        """The ids of a text in which `___` wants one token, `___5` five and, at the end, `___` as
+        many as there is room for; `mask` stands for each of them. A hole takes the spaces before
+        it."""
+        ids, *holes = re.split(r" *___(\d*)", text)
+        ids = self.encode(ids)
+        for count, rest in zip(holes[::2], holes[1::2]):
+            ids += [mask] * int(count or 1) + self.encode(rest)
+        return ids
+
+    def decode_masked(self, ids):
+        """As decode, in one line, with a block for every id past the vocabulary."""
+        text = ""
+        for known, part in groupby(ids, lambda i: 0 <= i < self.vocab_size):
+            text += self.decode(part) if known else "░" * len([*part])
+        return " ".join(text.split())
 
     def save(self, folder):
         (Path(folder) / "tokenizer.json").write_text(json.dumps(self.spec))
@@ -151,10 +181,11 @@ def fingerprint(spec):
 
 
 def natural_vocab(tokenizer, vocab_size):
-    """vocab_size, or for 0 the tokenizer's own (hf: 0, not known yet). UserError if impossible."""
+    """vocab_size, or for 0 the tokenizer's own (char and hf: 0, not known yet). UserError if
+    impossible."""
     sizes = {"bpe": (257, 1 << 20, 2048), "gpt2": (257, 50257, 50257), "byte": (257, 257, 257)}
-    if tokenizer not in sizes and not tokenizer.startswith("hf:"):
-        raise UserError(f"unknown tokenizer {tokenizer!r}: choose bpe, gpt2, byte or hf:NAME")
+    if tokenizer not in {*sizes, "char"} and not tokenizer.startswith("hf:"):
+        raise UserError(f"unknown tokenizer {tokenizer!r}: choose bpe, gpt2, byte, char or hf:NAME")
     low, high, natural = sizes.get(tokenizer, (0, 0, 0))
     if vocab_size and not low <= vocab_size <= high:
         raise UserError(f"--vocab-size {vocab_size} does not suit the tokenizer {tokenizer}: "
@@ -164,10 +195,10 @@ def natural_vocab(tokenizer, vocab_size):
 
 def get_tokenizer(spec, vocab_size=0):
     """The tokenizer `gpt2`, `byte` or `hf:NAME` (on the hub; or hf:PATH, a tokenizer.json or its
-    folder). UserError if it needs training, does not exist or cannot be downloaded."""
+    folder). UserError if it needs a text, does not exist or cannot be downloaded."""
     n = natural_vocab(spec, vocab_size)
-    if spec == "bpe":
-        raise UserError("the tokenizer bpe has to be trained: use prepare() or train_bpe()")
+    if spec in ("bpe", "char"):
+        raise UserError(f"the tokenizer {spec} is made from a text: use prepare()")
     return _hf(spec) if n == 0 else _own(spec, n, **(_gpt2(n) if spec == "gpt2" else {}))
 
 
@@ -186,6 +217,14 @@ def train_bpe(texts, vocab_size=2048):
         vocab_size=natural_vocab("bpe", vocab_size) - 1, min_frequency=2, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return _own("hf", bpe.get_vocab_size() + 1, "bpe", tokenizer=json.loads(bpe.to_str()))
+
+
+def char_tokenizer(texts):
+    """The tokenizer whose ids are the characters of an iterator of texts, in order, and EOS."""
+    found = set()
+    for text in texts:
+        found.update(text)
+    return _own("char", len(found) + 1, characters=sorted(found))
 
 
 def train_tales_tokenizer():
@@ -263,25 +302,31 @@ class Source:
     unit: str = "doc"
 
 
-def find_source(name, docs=0):
-    """The Source of a name or path. docs limits its documents; where the source has splits of its
-    own, those of train, and val and test to max(20, docs / 10). UserError if there is none."""
-    if docs < 0:
-        raise UserError(f"--docs {docs} is negative: give a number of documents, or 0 for all")
+def find_source(name, max_docs=0, split="auto"):
+    """The Source of a name or path. max_docs limits its documents; where the source has splits of
+    its own, those of train, and val and test to max(20, max_docs / 10). split: how a .txt becomes
+    documents, auto or lines. UserError if there is none."""
+    if max_docs < 0:
+        raise UserError(f"--max-docs {max_docs} is negative: give a number of documents, or 0 for "
+                        "all")
+    if split not in ("auto", "lines"):
+        raise UserError(f"unknown --split {split!r}: choose auto or lines")
+    if split == "lines" and name in ("tales", *HUB):
+        raise UserError(f"--split lines is for .txt files, and {name} is none: leave it out")
     if name == "tales":
-        return _tales(docs)
+        return _tales(max_docs)
     if name in HUB:
-        return _hub(name, docs)
+        return _hub(name, max_docs)
     path = Path(name).expanduser().resolve()
     if not name or not path.exists():
         raise UserError(f"{name!r} is neither a file or folder nor one of the names tales, "
                         f"{', '.join(HUB)}: check it")
-    return _local(name, path, docs)
+    return _local(name, path, max_docs, split)
 
 
-def _tales(docs):
+def _tales(max_docs):
     from data.tales import Tales
-    counts = {s: min(n, max(20, docs // 10)) if docs and s != "train" else docs or n
+    counts = {s: min(n, max(20, max_docs // 10)) if max_docs and s != "train" else max_docs or n
               for s, n in TALES.items()}
 
     def read():
@@ -325,7 +370,7 @@ def _tell(n, seed, score, chunk=100):
             teller.communicate()
 
 
-def _local(name, path, docs):
+def _local(name, path, max_docs, split):
     saved = any((path / f).exists() for f in ("dataset_dict.json", "state.json"))
     found = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
     kinds = [".arrow"] if saved else [".parquet", ".jsonl", ".txt"]
@@ -333,9 +378,13 @@ def _local(name, path, docs):
     if not kind:
         raise UserError(f"{name} is no text: give a .txt, .jsonl or .parquet file, or a folder of "
                         "such files")
+    if split == "lines" and kind != ".txt":
+        raise UserError(f"--split lines is for .txt files, and {name} holds {kind} files: leave it "
+                        "out")
     files = [f for f in found if f.suffix.lower() == kind]
     stats = [f.stat() for f in files]
-    key = [[(str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, stats)], docs]
+    key = [[(str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, stats)], max_docs]
+    key += [split] if split == "lines" else []
 
     def load():
         import datasets
@@ -346,14 +395,16 @@ def _local(name, path, docs):
         return datasets.load_dataset(str(path), streaming=True)
 
     def read():
-        texts = (_jsonl(f) if kind == ".jsonl" else _txt(f, len(files) == 1) for f in files)
-        return ((None, text, None) for text in islice(chain.from_iterable(texts), docs or None))
+        texts = (_jsonl(f) if kind == ".jsonl" else _lines(f) if split == "lines"
+                 else _txt(f, len(files) == 1) for f in files)
+        return ((None, text, None) for text in islice(chain.from_iterable(texts), max_docs or None))
     if kind in (".arrow", ".parquet"):
         return Source(name, key, "rows; the dataset's splits if it has validation, else by hash",
-                      lambda: _rows(load, docs, name, "check its files"), docs or None)
-    rule = "lines" if kind == ".jsonl" else (f"between {END}, or small files of a folder, or else "
-                                             f"running text cut after {SHORT} characters")
-    total, unit = (docs, "doc") if docs else (sum(s.st_size for s in stats), "B")
+                      lambda: _rows(load, max_docs, name, "check its files"), max_docs or None)
+    rule = "lines" if kind == ".jsonl" or split == "lines" else (
+        f"between {END}, or small files of a folder, or else running text cut after {SHORT} "
+        "characters")
+    total, unit = (max_docs, "doc") if max_docs else (sum(s.st_size for s in stats), "B")
     return Source(name, key, rule + "; split by hash", read, total, unit)
 
 
@@ -382,6 +433,15 @@ def _txt(path, alone):
             *passages, rest = _passages(rest, more=True)
             yield from passages
     yield from _passages(rest) if running or not marked else [rest.strip()]
+
+
+def _lines(path):
+    """The lines of a .txt file that are not blank; a mark ends a line too."""
+    rest = ""
+    for block in _utf8(path):
+        *lines, rest = (rest + block).replace(END, "\n").split("\n")
+        yield from (line for line in lines if line.strip())
+    yield from [rest] if rest.strip() else []
 
 
 def _passages(text, more=False):
@@ -415,15 +475,17 @@ def _text(row, where):
     raise UserError(f"{where} has no text: it needs a string field `text`, or a single string")
 
 
-def _rows(load, docs, where, advice, group=None):
+def _rows(load, max_docs, where, advice, group=None):
     """The documents of a dataset, or dictionary of splits, of the `datasets` library."""
     with hint(f"cannot read {where}", advice):
+        import datasets
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)   # the sentence of hint is enough
         data, names = load(), {"validation": "val", "valid": "val", "dev": "val"}
         data = {names.get(k, k): v for k, v in (data if isinstance(data, dict) else {"": data})
                 .items()}
         own = "train" in data and "val" in data
         for split in SPLITS if own else ["train"] if "train" in data else data:
-            limit = docs if split == "train" or not own else docs and max(20, docs // 10)
+            limit = max(20, max_docs // 10) if max_docs and own and split != "train" else max_docs
             rows = enumerate(data.get(split, ()))
             texts = (_text(row, f"row {i} of {split} of {where}") for i, row in rows)
             for text in islice(group(texts) if group else texts, limit or None):
@@ -431,7 +493,7 @@ def _rows(load, docs, where, advice, group=None):
                 yield ("test" if halved else split) if own else None, text, None
 
 
-def _hub(name, docs):
+def _hub(name, max_docs):
     repository, config, streaming = HUB[name]
     group, rule = (_articles, "articles") if name == "wikitext2" else (None, "rows")
 
@@ -442,8 +504,9 @@ def _hub(name, docs):
     advice = (f"run `python data/prepare.py {name}` on a machine with a network and copy its "
               f"data/cache or HF_HOME folder, or download {repository} from huggingface.co and "
               "give its path in place of the name")
-    return Source(name, [HUB[name], docs], rule + "; the hub's splits if it has validation, else "
-                  "by hash", lambda: _rows(load, docs, name, advice, group), docs or None)
+    return Source(name, [HUB[name], max_docs], rule + "; the hub's splits if it has validation, "
+                  "else by hash", lambda: _rows(load, max_docs, name, advice, group),
+                  max_docs or None)
 
 
 def _articles(lines):
@@ -479,10 +542,12 @@ def _reachable(url):
 
 # ---- writing -----------------------------------------------------------------------------------
 
-def prepare(name="tales", tokenizer="bpe", vocab_size=0, docs=0, cache=None, quiet=False):
+def prepare(name="tales", tokenizer="bpe", vocab_size=0, max_docs=0, cache=None, quiet=False,
+            split="auto"):
     """The folder of a complete dataset, made if it is not there. vocab_size 0: the tokenizer's
-    own (bpe: 2048); docs 0: all (tales: 100 000 stories; fineweb: 100 000 documents); cache: the
-    parent folder, else TEXT_DIFFUSION_CACHE, else data/cache. UserError: the user can repair it."""
+    own (bpe: 2048); max_docs 0: all (tales: 100 000 stories; fineweb: 100 000 documents); cache:
+    the parent folder, else TEXT_DIFFUSION_CACHE, else data/cache; split: auto, or lines for one
+    document a line. UserError: the user can repair it."""
     cache = Path(cache or os.environ.get("TEXT_DIFFUSION_CACHE") or ROOT / "data" / "cache")
 
     def say(text):
@@ -490,13 +555,13 @@ def prepare(name="tales", tokenizer="bpe", vocab_size=0, docs=0, cache=None, qui
             print(text, file=sys.stderr)
     try:
         vocab_size = natural_vocab(tokenizer, vocab_size)
-        docs = docs or (FINEWEB_DOCS if name == "fineweb" else 0)
-        source = find_source(str(name), docs)
+        max_docs = max_docs or (FINEWEB_DOCS if name == "fineweb" else 0)
+        source = find_source(str(name), max_docs, split)
         stored = (source.name, tokenizer, vocab_size) == ("tales", "bpe", 2048)
         file = TALES_BPE if stored else _hf_file(tokenizer)
         key = [FORMAT, source.key, tokenizer, vocab_size, file and sha(file.read_bytes())]
         size = f"-{vocab_size}" if tokenizer in ("bpe", "gpt2") else ""
-        parts = [Path(source.name).resolve().stem, tokenizer + size, f"{docs or 'all'}"]
+        parts = [Path(source.name).resolve().stem, tokenizer + size, f"{max_docs or 'all'}"]
         parts = [re.sub(r"[^A-Za-z0-9._-]+", "_", part)[-40:] for part in parts]
         folder = cache / "-".join(parts + [sha(json.dumps(key).encode())[:8]])
         if not folder.exists():
@@ -597,13 +662,16 @@ class Writer:
         self.dtype = "uint16" if tok.vocab_size <= 65_535 else "uint32"
         self.file, self.sha, self.bytes = open(f"{self.path}.bin", "wb"), hashlib.sha256(), 0
         self.offsets, self.logp = array("q", [0]), array("d")
+        self.counts = np.zeros(tok.vocab_size, np.int64)    # how often each id occurs
 
     def add(self, ids, size, logp):
-        data = np.array(ids + [self.eos], self.dtype).tobytes()
+        ids = np.array(ids + [self.eos], self.dtype)
+        np.add.at(self.counts, ids, 1)
+        data = ids.tobytes()
         self.file.write(data)
         self.sha.update(data)
         self.bytes += size
-        self.offsets.append(self.offsets[-1] + len(ids) + 1)
+        self.offsets.append(self.offsets[-1] + len(ids))
         if logp is not None:
             self.logp.append(logp)
 
@@ -612,21 +680,26 @@ class Writer:
         self.file.close()
         offsets, logp = np.array(self.offsets), np.array(self.logp)
         np.save(f"{self.path}.idx.npy", offsets)
+        p = self.counts[self.counts > 0] / self.counts.sum()
         stats = {"documents": len(offsets) - 1, "tokens": int(offsets[-1]), "bytes": self.bytes,
                  "longest": int(np.diff(offsets).max(initial=0)), "sha256": self.sha.hexdigest(),
-                 "sha256_idx": sha_of(f"{self.path}.idx.npy")}
+                 "sha256_idx": sha_of(f"{self.path}.idx.npy"),
+                 "unigram_entropy": float(-(p * np.log(p)).sum())}     # nats per token, with EOS
         if len(logp):
             if not np.isfinite(logp).all():
                 raise UserError("a story has probability 0: data/tales.txt was edited while its "
                                 "stories were written; run again")
             np.save(f"{self.path}.logp.npy", logp)
             stats["sha256_logp"] = sha_of(f"{self.path}.logp.npy")
-            stats["floor_nats_per_doc"] = -logp.mean()
-            stats["floor_se"] = logp.std(ddof=1) / len(logp) ** 0.5
+            stats["entropy_per_doc"] = -logp.mean()
+            stats["entropy_se"] = logp.std(ddof=1) / len(logp) ** 0.5
         return stats
 
 
 def _tokenizer(source, tokenizer, vocab_size, cut, say):
+    if tokenizer == "char":
+        say("collecting the characters of the text")
+        return char_tokenizer(text for _, text, _ in source.read())
     if tokenizer != "bpe":
         return get_tokenizer(tokenizer, vocab_size)
     if source.name != "tales":
@@ -654,7 +727,7 @@ def _sample(source, cut):
 
 
 def _batches(docs):
-    """Lists of documents, about half a million characters each; an empty document says nothing."""
+    """Lists of documents, about half a million characters each, without empty documents."""
     batch, size = [], 0
     for doc in docs:
         if doc[1]:
@@ -721,6 +794,7 @@ def verify(folder):
         meta = parse(file)
         for n in (meta["splits"][split] for split in SPLITS):
             n["documents"] + n["tokens"] + np.dtype(meta["dtype"]).itemsize, n["sha256"]
+            n["unigram_entropy"] + 0.0
         return meta
     meta = check("meta.json", facts)
     check("tokenizer.json", lambda file: fingerprint(parse(file)), meta.get("fingerprint", ""))
@@ -729,7 +803,7 @@ def verify(folder):
         size = n["tokens"] * np.dtype(meta["dtype"]).itemsize
         check(f"{split}.bin", lambda file: file.stat().st_size, size)
         check(f"{split}.idx.npy", ends, [n["documents"] + 1, n["tokens"]])
-        if "floor_se" in n:
+        if "entropy_se" in n:
             check(f"{split}.logp.npy", lambda file: len(np.load(file)), n["documents"])
         for kind, key in (("bin", "sha256"), ("idx.npy", "sha256_idx"), ("logp.npy",
                                                                          "sha256_logp")):
@@ -747,34 +821,67 @@ def open_split(folder, split):
             np.load(logp) if logp.exists() else None)
 
 
+@dataclass
+class Data:
+    """What load_data returns: each split as open_split reads it."""
+    tokenizer: Tokenizer
+    train: tuple
+    val: tuple
+    test: tuple
+    unigram_entropy: float      # of val, nats per token
+
+
+def load_data(cfg, quiet=False):
+    """Prepare the data that cfg names if needed and return them as Data. It writes into cfg what
+    the data fix: vocab_size, eos, bos, and docs or stream where rows is auto."""
+    # char and hf have a size of their own; the cfg of a checkpoint holds it and must not be refused
+    asked = cfg.vocab_size if natural_vocab(cfg.tokenizer, 0) else 0
+    folder = prepare(cfg.data, cfg.tokenizer, asked, cfg.max_docs, quiet=quiet, split=cfg.split)
+    tok, meta = load_tokenizer(folder), json.loads((folder / "meta.json").read_text())
+    if cfg.vocab_size != tok.vocab_size:
+        natural_vocab(cfg.tokenizer, cfg.vocab_size)
+    cfg.vocab_size, cfg.eos, cfg.bos = tok.vocab_size, tok.eos, tok.bos
+    if cfg.rows == "auto":
+        cfg.rows = "docs" if cfg.data == "tales" else "stream"
+    data = Data(tok, *(open_split(folder, split) for split in SPLITS),
+                meta["splits"]["val"]["unigram_entropy"])
+    for split, name in ("train", "training"), ("val", "val"), ("test", "test"):
+        n = len(getattr(data, split)[0])
+        if cfg.rows == "stream" and n < cfg.seq_len + (split == "train"):
+            raise UserError(f"the {name} split has {n} tokens, "
+                            f"{'fewer' if n < cfg.seq_len else 'not more'} than --seq-len "
+                            f"{cfg.seq_len}: use a smaller --seq-len or more text")
+    return data
+
+
 # ---- main --------------------------------------------------------------------------------------
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", metavar="NAME|PATH")
-    parser.add_argument("--tokenizer", default="bpe", help="bpe, gpt2, byte, hf:NAME or hf:PATH")
+    parser.add_argument("--tokenizer", default="bpe",
+                        help="bpe, gpt2, byte, char, hf:NAME or hf:PATH")
     parser.add_argument("--vocab-size", "--vocab_size", type=int, default=0,
                         help="ids of the tokenizer; 0: its own number (bpe: 2048)")
-    parser.add_argument("--docs", type=int, default=0, help="only so many documents; 0: all")
+    parser.add_argument("--max-docs", "--max_docs", type=int, default=0,
+                        help="only so many documents; 0: all")
+    parser.add_argument("--split", default="auto",
+                        help="lines: every line of a .txt is a document (default: auto)")
     parser.add_argument("--cache", help="parent folder of the result (default: data/cache)")
-    try:
-        folder = prepare(**vars(parser.parse_args()))
-    except UserError as e:
-        print(e, file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: nothing is kept", file=sys.stderr)
-        sys.exit(130)
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
+    folder = prepare(**vars(parser.parse_args(argv)))
     meta = json.loads((folder / "meta.json").read_text())
     print(f"{folder}\ntokenizer {meta['tokenizer']}, {meta['vocab_size']} ids, {meta['dtype']}")
     for split, n in meta["splits"].items():
         print(f"{split:5} {n['documents']:9,} documents {n['tokens']:13,} tokens "
               f"{n['bytes'] / n['tokens']:.2f} bytes/token, longest {n['longest']:,}"
-              + f", {n.get('floor_nats_per_doc', 0):.2f} true nats/document" * ("floor_se" in n))
+              + (f", entropy {n['entropy_per_doc']:.2f} +- {n['entropy_se']:.2f} nats/document"
+                 if "entropy_se" in n else ""))
+    print(f"unigram entropy of val {meta['splits']['val']['unigram_entropy']:.3f} nats/token")
     tokens, offsets, _ = open_split(folder, "train")
     print("first:", load_tokenizer(folder).decode(tokens[:min(offsets[1], 80)]))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,13 +1,13 @@
 """Tales: an endless corpus of small stories whose exact probability is known.
 
 The corpus is a program. `tales.txt` is its grammar (the head of that file explains the rule
-language) and this file is the one interpreter: walking through the grammar with a coin writes a
-story; with a text in hand it keeps the walks that spell the text and adds up their probabilities;
-with neither it lists all that a small grammar can say. So -log p(story) is exact, its mean is the
-entropy of the corpus, and no language model of the corpus can do better.
+language) and this file is its interpreter. It draws a story with random choices; given a text, it
+keeps the derivations that spell the text and adds up their probabilities; or it lists everything
+that a small grammar can generate. So -log p(story) is exact, its mean is the entropy of the corpus,
+and no language model of the corpus can do better.
 
     python data/tales.py [--n 5] [--seed 0]            tell stories, with their nats
-    python data/tales.py judge "TEXT"                  or a FILE; <|endoftext|> divides stories
+    python data/tales.py grade "TEXT"                  or a FILE; <|endoftext|> divides stories
     python data/tales.py entropy [--n 20000]           nats per story, with the standard error
 """
 import argparse
@@ -25,17 +25,17 @@ from pathlib import Path
 SKEW = 4          # option k = 0, 1, 2, ... of a choice and row k of a table weigh 1 / (k + SKEW)
 INTERPRETER = 1   # part of the version: raise it when the same grammar would tell other stories
 SEPARATOR = "<|endoftext|>"
-MOST, CROWD = 40, 100  # judge: sentences read, and readings kept of them; a story needs 20 and few
+MOST, CROWD = 40, 100  # grade: sentences read, and readings kept of them; a story needs 20 and few
 
 
 # ---- the grammar is a tree of these ------------------------------------------------------------
-# A state is (text so far, {variable: row}, log p, mark). The mark is what the next word owes: ""
-# nothing, " " or "\n" the start of a sentence or paragraph, and a final "a" an article.
+# A state is (text so far, {variable: row}, log p, mark). The mark is what the next word needs
+# before it: "" nothing, " " or "\n" the start of a sentence or paragraph, a final "a" an article.
 # node.walk(states, run) takes states through the node and returns those that arrive.
 
 class Run:
-    """How to walk: with a coin (rng), along a text (target), or, with neither, every way. `free`
-    lets a variable be guessed that nothing has set. `reach`: the characters of target spelt."""
+    """How to walk: by random choices (rng), along a text (target), or, with neither, every way.
+    `free` allows to guess a variable that is not set. `reach`: the characters of target spelt."""
 
     def __init__(self, rng=None, target=None, free=False):
         self.rng, self.target, self.free, self.reach = rng, target, free, 0
@@ -65,7 +65,7 @@ class Lit:
 
 
 class Mark:
-    """{a}, {p}, or the gap before a line: something for the next word to pay."""
+    """{a}, {p}, or the gap before a line: something that goes before the next word."""
 
     def __init__(self, mark):
         self.mark = mark
@@ -143,7 +143,7 @@ class Bind:
 
     def draw(self, rng, used):
         while (row := self.rows[bisect(self.cumulative, rng.random())]) in used:
-            pass                   # drawing again is the renormalised law, and needs no new sums
+            pass               # drawing again is the renormalised distribution, without new sums
         return row
 
 
@@ -170,7 +170,7 @@ class Get:
 # ---- a grammar, and what follows from it -------------------------------------------------------
 
 class Tales:
-    """A grammar and what follows from it: stories, their exact log p, and a judge of any text.
+    """A grammar and what follows from it: stories, their exact log p, and grades of any text.
 
     source: grammar text (None: the corpus, data/tales.txt). Every log p is in nats. ValueError: the
     grammar cannot be read, or uses a variable wrongly. version: changes whenever stories do."""
@@ -219,7 +219,7 @@ class Tales:
 
     def _line(self, text, says):
         node = Seq([Mark(" "), self._phrase(text, says)])
-        if re.sub(r"\{.*?\}|[\s()|]", "", text):  # it has words of its own: a sentence for judge
+        if re.sub(r"\{.*?\}|[\s()|]", "", text):  # it has words of its own: a sentence for grade
             self.sentences.append(node)
         return node
 
@@ -290,28 +290,29 @@ class Tales:
         """Exact log p(text) in nats, summed over all derivations; -inf if there is none."""
         return logsumexp(self._score(text)[0])
 
-    def judge(self, text):
-        """How far a text is from the stories of this grammar, as a dictionary.
+    def grade(self, text):
+        """How close a text is to the stories of this grammar, as a dictionary.
 
-        valid: p > 0; logp: nats; prefix: share of the characters that begin some story; known:
-        share of the sentences that occur in some story; agree: share that also fit what the
-        sentences before them have said of names, pronouns, things and tempers."""
+        valid: the grammar can generate the text; logp: its log p in nats, -inf if it is not valid;
+        prefix: the longest beginning that some story has, as a share of the characters;
+        valid_sentences: the share of sentences that occur in some story; consistent: the share of
+        sentences that also fit the names, pronouns, things and traits of those before them."""
         logps, reach = self._score(text)
-        pos, envs, known, agree, total = 0, [{}], 0, 0, 0
+        pos, envs, valid, consistent, total = 0, [{}], 0, 0, 0
         end = re.compile(r'[.!?]"?(?=\s|$)')
         while pos < len(text):
-            if total == MOST:                     # no story is so long: the rest counts as unknown
+            if total == MOST:                     # no story is so long: the rest is not valid
                 total += len(end.findall(text, pos))
                 break
             fits = self._readings(text, pos, envs)
             ends = fits or self._readings(text, pos, [{}])
-            known, agree, total = known + bool(ends), agree + bool(fits), total + 1
+            valid, consistent, total = valid + bool(ends), consistent + bool(fits), total + 1
             if fits:                              # the longest reading, in all its meanings
                 envs = list(fits[max(fits)].values())[:CROWD]
             stop = end.search(text, pos + 1)
             pos = max(ends) if ends else stop.end() if stop else len(text)
         return dict(valid=bool(logps), logp=logsumexp(logps), prefix=reach / max(1, len(text)),
-                    known=known / max(1, total), agree=agree / max(1, total))
+                    valid_sentences=valid / max(1, total), consistent=consistent / max(1, total))
 
     def _readings(self, text, pos, envs):         # of one sentence: {where it ends: {set: env}}
         ends, run = {}, Run(target=text, free=True)
@@ -347,6 +348,20 @@ def entropy(n=20000, seed=0, tales=None):
     return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in nats) / (n - 1) / n)
 
 
+def grade(texts, tales=None):
+    """Grade texts with Tales.grade. Returns valid_stories (the share of valid texts), the means of
+    prefix, valid_sentences and consistent over all texts, and true_nll, the mean of -log p in nats
+    over the valid ones, None if no text is valid."""
+    tales = tales or Tales()
+    grades = [tales.grade(text) for text in texts]
+    nats = [-g["logp"] for g in grades if g["valid"]]
+    n = max(1, len(grades))
+    means = {key: math.fsum(g[key] for g in grades) / n
+             for key in ("prefix", "valid_sentences", "consistent")}
+    return dict(valid_stories=len(nats) / n, **means,
+                true_nll=math.fsum(nats) / len(nats) if nats else None)
+
+
 # ---- command line ------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
@@ -362,20 +377,20 @@ def read_texts(what, error):
         except (UnicodeDecodeError, OSError):
             error(f"cannot read {what}: is it UTF-8 text?")
     elif os.path.isdir(what) or re.search(r"^\S+$|\.\w+$", what):
-        error(f"there is no file {what}; a text to judge is put in quotes")
+        error(f"there is no file {what}; put a text to grade in quotes")
     texts = [text.strip() for text in what.split(SEPARATOR) if text.strip()]
-    return texts or error("there is no text to judge")
+    return texts or error("there is no text to grade")
 
 
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", default="tell", choices=["tell", "judge", "entropy"])
-    parser.add_argument("what", nargs="?", help="judge: a text in quotes, or a file")
+    parser.add_argument("command", nargs="?", default="tell", choices=["tell", "grade", "entropy"])
+    parser.add_argument("what", nargs="?", help="grade: a text in quotes, or a file")
     parser.add_argument("--n", type=int, help="stories (tell: 5, entropy: 20000)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if (args.command == "judge") != (args.what is not None):
-        parser.error("judge needs a text in quotes or a file; nothing else takes one")
+    if (args.command == "grade") != (args.what is not None):
+        parser.error("grade needs a text in quotes or a file; nothing else takes one")
     if args.n is not None and args.n < (least := 2 if args.command == "entropy" else 1):
         parser.error(f"--n is {args.n}, it must be at least {least}")
     if args.command == "tell":
@@ -384,15 +399,15 @@ def main(argv=None):
     elif args.command == "entropy":
         print("{:.2f} +- {:.2f} nats per story".format(*entropy(args.n or 20000, args.seed)))
     else:
-        texts, tales, marks = read_texts(args.what, parser.error), Tales(), []
-        print("valid    nats  prefix   known   agree")
+        texts, tales, grades = read_texts(args.what, parser.error), Tales(), []
+        print("valid    nats  prefix  valid_sentences  consistent")
+        shares = "{prefix:7.3f} {valid_sentences:16.3f} {consistent:11.3f} "
         for text in texts:
-            marks.append(mark := tales.judge(text))
-            print("{valid:5d} {0:7.2f} {prefix:7.3f} {known:7.3f} {agree:7.3f}".format(
-                -mark["logp"], **mark), " ".join(text.split())[:48])
-        mean = {key: sum(mark[key] for mark in marks) / len(marks) for key in marks[0]}
-        print("{valid:5.2f} {0:>7} {prefix:7.3f} {known:7.3f} {agree:7.3f}".format("", **mean),
-              f"mean of {len(marks)}")
+            grades.append(g := tales.grade(text))
+            print("{valid:5d} {0:7.2f}".format(-g["logp"], **g), shares.format(**g),
+                  " ".join(text.split())[:48])
+        mean = {key: sum(g[key] for g in grades) / len(grades) for key in grades[0]}
+        print(f"{mean['valid']:5.2f} {'':7}", shares.format(**mean), f"mean of {len(grades)}")
 
 
 if __name__ == "__main__":

@@ -44,8 +44,9 @@ class MaskTable(nn.Module):
 
 
 class CausalTable(nn.Module):
-    """ar's model as a table: the logits at position j are looked up by the ids up to j."""
-    blocks = ()
+    """ar's model as a table: the logits at position j are looked up by the ids up to j. Its
+    one "layer" caches the ids that it has read."""
+    blocks = (None,)
 
     def __init__(self, V=3, T=3, seed=0, scale=1.0):
         super().__init__()
@@ -53,13 +54,15 @@ class CausalTable(nn.Module):
         self.logits = nn.ParameterList(scale * torch.randn(V ** (j + 1), V, generator=g,
                                                            dtype=torch.float64) for j in range(T))
 
-    def forward(self, idx, where=None, past=None):
-        code, columns = torch.zeros(len(idx), dtype=torch.long), []
+    def forward(self, idx, is_target=None, kv_cache=None):
+        code, columns, new = torch.zeros(len(idx), dtype=torch.long), [], idx.shape[1]
+        if kv_cache:
+            kv_cache[0][:] = [idx := torch.cat((*kv_cache[0], idx), 1)]
         for j in range(idx.shape[1]):
             code = code * self.V + idx[:, j]
             columns.append(self.logits[j][code])
-        logits = torch.stack(columns, 1)
-        return logits if where is None else logits[where]
+        logits = torch.stack(columns[-new:], 1)
+        return logits if is_target is None else logits[is_target]
 
     def p(self, bos):
         """Probability of every row of T tokens, BOS first: (V^T,)."""

@@ -1,5 +1,6 @@
-"""The numbers of the README are those of results/, and those say what made them."""
+"""The numbers of results/README.md are those of the files beside it, which say what made them."""
 import json
+import operator
 import re
 from pathlib import Path
 
@@ -8,159 +9,180 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EVALS = sorted((ROOT / "results").glob("*_eval*.jsonl"))
 FILES = sorted({*(ROOT / "results").glob("*.jsonl")} - {*EVALS, ROOT / "results/compare.jsonl"})
-README = (ROOT / "README.md").read_text("utf-8")
+PAGE = (ROOT / "results/README.md").read_text("utf-8")
+NAME, SIGN = operator.attrgetter("stem"), dict(exact="=", upper="<=")
+NAMES = dict(  # earlier names of keys, which some files still have
+    valid="valid_stories", known="valid_sentences", agree="consistent", judge="gen_nll",
+    floor_per_doc="entropy_per_doc", sampling_steps="num_steps")
+
+
+def parse(text):
+    """JSON with the names of today."""
+    return json.loads(text, object_hook=lambda o: {NAMES.get(k, k): v for k, v in o.items()})
 
 
 def rows(path, kind):
-    return [row for row in map(json.loads, path.read_text("utf-8").splitlines())
-            if row["kind"] == kind]
+    return [row for row in map(parse, path.read_text("utf-8").splitlines()) if row["kind"] == kind]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def load(name, *keys):
+    """results/name.json, which has these keys and says what made it."""
+    made = parse((ROOT / f"results/{name}.json").read_text("utf-8"))
+    assert {"command", "torch", "machine", "threads", *keys} <= made.keys()
+    return made
+
+
+def mean(some, key):
+    return sum(row[key] for row in some) / len(some)
+
+
+def spread(nats):
+    return f"<= {sum(nats) / len(nats):.1f} ({min(nats):.1f} to {max(nats):.1f})"
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAME)
 def test_a_result_says_what_made_it(path):
     made, = rows(path, "config")
-    assert {"command", "step", "device", "dtype", "threads", "torch", "machine",
-            "tokenizer"} <= made["run"].keys()
+    assert made["run"].keys() >= {
+        "command", "step", "device", "dtype", "threads", "torch", "machine", "tokenizer"}
     assert made["config"]["steps"] == made["run"]["step"] == rows(path, "val")[-1]["step"]
     assert "data_dir" not in made["config"] and made["config"]["seed"] == 1337
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_the_readme_shows_the_last_evaluation_of_a_result(path):
-    last, sign = rows(path, "val")[-1], {"exact": "=", "upper": "<="}
-    line, = [li for li in README.splitlines() if f"results/{path.name})" in li and li[0] == "|"]
-    assert f"| {sign[last['bound']]} {last['nats_per_doc']:.1f} ± {last['se']:.1f} |" in line
-    share = last["gap"] / last["floor_per_doc"]
-    assert f"{last['gap']:.1f} ± {last['gap_se']:.1f} ({share:+.1%})" in line
-    assert f"{sign[last['bound']]} {last['nats_per_token']:.3f} |" in README
-    sample = rows(path, "samples")[-1]
-    assert f"| {sample['known']:.2f} | {sample['agree']:.2f} |" in line
+@pytest.mark.parametrize("path", FILES, ids=NAME)
+def test_the_page_shows_the_last_evaluation_of_a_run(path):
+    """`| ... | nats per story | gap | nats/token | valid sentences | consistency | file |`"""
+    last, sample = rows(path, "val")[-1], rows(path, "samples")[-1]
+    line, = [li for li in PAGE.splitlines() if f"]({path.name})" in li and li[0] == "|"]
+    sign, share = SIGN[last["bound"]], last["gap"] / last["entropy_per_doc"]
+    assert (f"| {sign} {last['nats_per_doc']:.1f} ± {last['se']:.1f} | {sign} {last['gap']:.1f} ± "
+            f"{last['gap_se']:.1f} ({share:+.1%}) | {sign} {last['nats_per_token']:.3f} | "
+            f"{sample['valid_sentences']:.2f} | {sample['consistent']:.2f} |") in line
 
 
-@pytest.mark.parametrize("path", [p for p in EVALS if "varlen" not in p.stem],
-                         ids=lambda p: p.stem)
-def test_the_readme_shows_the_samples_of_an_evaluation(path):
-    """`| order or sampler | calls | valid | known | agree | entropy | judge | file |`, means over
-    seeds."""
+@pytest.mark.parametrize("path", [p for p in EVALS if "varlen" not in p.name], ids=NAME)
+def test_the_page_shows_the_samples_of_an_evaluation(path):
+    """`| order or sampler | NFE | metrics ... | file |`, means over seeds."""
     made, = rows(path, "config")
     script = path.stem.split("_eval")[0].removesuffix("_10000")
     assert made["eval"].startswith(f"{script}.py eval") and "data_dir" not in made["config"]
-    samples, shown, key = rows(path, "samples"), 0, dict(mdlm="order").get(script, "sampler")
-    assert len({row[key] for row in samples}) >= 2
-    seeds = {row["seed"] for row in samples}
-    assert len(seeds) == made["config"]["eval_seeds"]
-    for line in README.splitlines():
+    samples, shown, key = rows(path, "samples"), 0, "order" if script == "mdlm" else "sampler"
+    seeds = len({row["seed"] for row in samples})
+    assert len({row[key] for row in samples}) >= 2 and seeds == made["config"]["eval_seeds"]
+    for line in PAGE.splitlines():
         cells = [cell.strip() for cell in line.strip("| ").split("|")]
-        if not line.startswith("|") or f"results/{path.name})" not in cells[-1]:
+        if not line.startswith("|") or f"]({path.name})" not in cells[-1]:
             continue
         some = [row for row in samples
-                if (row[key], row["sampling_steps"]) == (cells[0], int(cells[1]))]
-        means = [sum(row[key] for row in some) / len(some)
-                 for key in ("valid", "known", "agree", "entropy", "judge")]
-        assert cells[2:7] == [f"{mean:.2f}" for mean in means] and len(some) == len(seeds)
+                if (row[key], row["num_steps"]) == (cells[0], int(cells[1]))]
+        assert len(some) == seeds and cells[2:7] == [f"{mean(some, k):.2f}" for k in (
+            "valid_stories", "valid_sentences", "consistent", "entropy", "gen_nll")]
         shown += 1
     assert shown >= 3
 
 
-def test_the_readme_shows_what_each_head_of_dit_embed_learnt():
-    """`| head | first loss | last loss | bound |` of one budget; the loss that falls most is not
-    the bound that falls most."""
-    made = json.loads((ROOT / "results/heads.json").read_text("utf-8"))
-    assert {"command", "steps", "seed", "torch", "machine", "threads"} <= made.keys()
-    for row in made["rows"]:
+def test_the_page_shows_what_each_head_of_dit_embed_learns():
+    """`| prediction | first loss | last loss | bound |` of one budget."""
+    for row in load("heads", "steps", "seed")["rows"]:
         assert row["nats_per_story"] == pytest.approx(
             row["prior"] + row["diff"] + row["recon"], rel=1e-4)
         assert (f"| {row['name']} | {row['loss'][0]:.2f} | {row['loss'][-1]:.2f} | <= "
-                f"{row['nats_per_story']:.0f} ± {row['se']:.0f} |") in README
+                f"{row['nats_per_story']:.0f} ± {row['se']:.0f} |") in PAGE
 
 
-def test_the_readme_shows_what_the_order_of_codes_is_worth():
-    """`| head | mean (least to most) of three seeds | ...`, a column for each order."""
-    made = json.loads((ROOT / "results/codes.json").read_text("utf-8"))
-    assert {"command", "steps", "n_layer", "n_embd", "torch", "machine", "threads"} <= made.keys()
+def test_the_page_shows_what_the_order_of_codes_is_worth():
+    """A column for each order: mean (least to most) of three seeds."""
+    made = load("codes", "steps", "n_layer", "n_embd")
     for head in ("token", "bit"):
-        shown = f"| {head} |"
-        for code in ("id", "random", "frequency", "semantic"):
-            nats = [row["nats_per_story"] for row in made["rows"]
-                    if (row["head"], row["parts"], row["code"]) == (head, 1, code)]
-            assert len(nats) == 3
-            shown += f" <= {sum(nats) / 3:.1f} ({min(nats):.1f} to {max(nats):.1f}) |"
-        assert shown in README
+        nats = {code: [row["nats_per_story"] for row in made["rows"]
+                       if (row["head"], row["parts"], row["code"]) == (head, 1, code)]
+                for code in ("id", "random", "frequency", "semantic")}
+        assert {len(n) for n in nats.values()} == {3}
+        assert f"| {head} | {' | '.join(map(spread, nats.values()))} |" in PAGE
 
 
-def test_the_readme_shows_what_the_vocabulary_of_gpt2_costs():
+def test_the_page_shows_what_the_vocabulary_of_gpt2_costs():
     """`| case | parameters | times as fast | share of memory |` against mdlm.py in one run."""
-    made = json.loads((ROOT / "results/vocabulary.json").read_text("utf-8"))
-    assert {"command", "vocab_size", "torch", "machine", "threads", "cases"} <= made.keys()
-    base = made["cases"]["mdlm.py"]
-    for name, case in made["cases"].items():
+    cases = load("vocabulary", "vocab_size", "cases")["cases"]
+    base = cases["mdlm.py"]
+    for name, case in cases.items():
         assert case["times_as_fast"] == pytest.approx(base["seconds"] / case["seconds"])
         assert case["share_of_memory"] == pytest.approx(case["mib"] / base["mib"])
         assert (f"| {name} | {case['parameters'] / 1e6:.2f}M | {case['times_as_fast']:.2f} | "
-                f"{case['share_of_memory']:.2f} |") in README
+                f"{case['share_of_memory']:.2f} |") in PAGE
 
 
-def test_the_readme_shows_what_each_choice_of_sdd_is_worth():
+def test_the_page_shows_what_each_choice_of_sdd_is_worth():
     """`| choice | steps | nats per story |`: one budget; one row as long as full attention."""
-    made = json.loads((ROOT / "results/candidates.json").read_text("utf-8"))
-    assert {"command", "config", "seed", "torch", "machine", "threads"} <= made.keys()
-    for row in made["rows"]:
+    for row in load("candidates", "config", "seed")["rows"]:
         name = f"`{row['name']}`" if row["name"][0] == "-" else row["name"]
-        sign = {"exact": "=", "upper": "<="}[row["bound"]]
-        assert (f"| {name} | {row['steps']} | {sign} {row['nats_per_story']:.1f} ± "
-                f"{row['se']:.1f} |") in README
+        assert (f"| {name} | {row['steps']} | {SIGN[row['bound']]} {row['nats_per_story']:.1f} ± "
+                f"{row['se']:.1f} |") in PAGE
 
 
-def test_the_readme_shows_the_leak_of_the_original_process():
-    """`| case | accuracy | copy | truth among candidates in training | in sampling | known |
-    entropy |`: shares near the noisy end; samples of 16 calls at temperature 0.7."""
-    made = json.loads((ROOT / "results/leak.json").read_text("utf-8"))
-    assert {"command", "seed", "torch", "machine", "threads"} <= made.keys()
-    for row in made["rows"]:
-        figures = [row.get("accuracy"), row.get("copy"), row["truth_among"]["training"][-1],
-                   row["truth_among"]["sampling"][-1]]
+def test_the_page_shows_the_leak_of_the_original_process():
+    """Shares near the noisy end; samples of 16 steps at temperature 0.7."""
+    for row in load("leak", "seed")["rows"]:
+        figures = [row.get("accuracy"), row.get("copy"),
+                   *(row["truth_among"][key][-1] for key in ("training", "sampling"))]
         sample, = [s for s in row["samples"] if (s["steps"], s["temperature"]) == (16, 0.7)]
         shown = [row["name"], *("" if f is None else f"{f:.3f}" for f in figures),
-                 f"{sample['known']:.2f}", f"{sample['entropy']:.2f}"]
-        assert "| " + " | ".join(shown).replace("|  |", "| |") + " |" in README.replace("|  |",
-                                                                                       "| |")
+                 f"{sample['valid_sentences']:.2f}", f"{sample['entropy']:.2f}"]
+        assert f"| {' | '.join(shown)} |" in PAGE
 
 
-@pytest.mark.parametrize("path", [p for p in EVALS if "varlen" in p.stem], ids=lambda p: p.stem)
-def test_the_readme_shows_what_canvases_cost_and_give(path):
-    """`| canvas | k | tokens through the network per token of text | of full | valid | known |
-    entropy | judge |`, means over seeds."""
+@pytest.mark.parametrize("path", [p for p in EVALS if "varlen" in p.name], ids=NAME)
+def test_the_page_shows_what_canvases_cost_and_give(path):
+    """`| canvas | k | cost per output token | relative to full | metrics |`, means over seeds."""
     made, = rows(path, "config")
     assert made["eval"].startswith("diffugpt_varlen.py eval") and "data_dir" not in made["config"]
-    samples, shown = rows(path, "samples"), 0
-    mean = {}
-    for canvas, k in {(row["canvas"], row["k"]) for row in samples}:
-        some = [row for row in samples if (row["canvas"], row["k"]) == (canvas, k)]
+    groups = {}
+    for row in rows(path, "samples"):
+        groups.setdefault((row["canvas"], row["k"]), []).append(row)
+    for (canvas, k), some in groups.items():
         assert len(some) == made["config"]["eval_seeds"] >= 2
-        mean[canvas, k] = {key: sum(row[key] for row in some) / len(some) for key in (
-            "per_token", "valid", "known", "entropy", "judge")}
-    for (canvas, k), row in mean.items():
-        share = row["per_token"] / mean["full", k]["per_token"]
-        line = (f"| {canvas} | {k} | {row['per_token']:.1f} | {share:.2f} | {row['valid']:.2f} | "
-                f"{row['known']:.2f} | {row['entropy']:.2f} | {row['judge']:.2f} |")
-        shown += line in README
-    assert shown == len(mean) >= 10
+        cost = mean(some, "per_token")
+        metrics = " | ".join(f"{mean(some, key):.2f}" for key in (
+            "valid_stories", "valid_sentences", "entropy", "gen_nll"))
+        share = cost / mean(groups["full", k], "per_token")
+        assert f"| {canvas} | {k} | {cost:.1f} | {share:.2f} | {metrics} |" in PAGE
+    assert len(groups) >= 10
 
 
-def test_the_readme_shows_what_the_parts_of_the_adaptation_are_worth():
-    """`| case | bound: mean (least to most) | length, nats | PADs said at the first call |`, three
-    seeds each."""
-    made = json.loads((ROOT / "results/adaptation.json").read_text("utf-8"))
-    assert {"command", "config", "seed", "torch", "machine", "threads"} <= made.keys()
-    names = dict.fromkeys(row["name"] for row in made["rows"])
-    for name in names:
+def test_the_page_shows_what_the_parts_of_the_adaptation_are_worth():
+    """`| case | bound: mean (least to most) | length, nats | PAD recall |`, three seeds each."""
+    made = load("adaptation", "config", "seed")
+    for name in dict.fromkeys(row["name"] for row in made["rows"]):
         some = [row for row in made["rows"] if row["name"] == name]
         assert [row["seed"] for row in some] == made["seeds"] and len(some) == 3
-        nats = [row["nats_per_story"] for row in some]
-        length, pads = (sum(row["length"][key] for row in some) / 3
-                        for key in ("nats", "pad_recall"))
-        assert (f"| {name} | <= {sum(nats) / 3:.1f} ({min(nats):.1f} to {max(nats):.1f}) | "
-                f"{length:.2f} | {pads:.2f} |") in README
+        lengths = [row["length"] for row in some]
+        assert (f"| {name} | {spread([row['nats_per_story'] for row in some])} | "
+                f"{mean(lengths, 'nats'):.2f} | {mean(lengths, 'pad_recall'):.2f} |") in PAGE
+
+
+def test_the_page_shows_what_training_and_sampling_cost():
+    """Two tables: training, and samples relative to ar.py (ancestral and default, batch 1, 16)."""
+    made = load("speed", "seed")
+    for name in ("ar", "mdlm", "dit_embed", "bit_diffusion", "sdd", "diffugpt_varlen"):
+        row, start = made[f"train_{name}"], made[f"start_{name}"]
+        assert (f"| `{name}.py` | {row['tokens_per_second']:,.0f} | {row['ratio']:.1f} | "
+                f"{row['ratio_bfloat16']:.1f} | {row['share_of_peak']:.0%} | "
+                f"{made[f'memory_{name}']['mib']:,.0f} | {start['help']:.1f} | "
+                f"{start['first_step']:.1f} |") in PAGE
+        if name != "ar":
+            shown = [made[f"sample_{name}_{n}_{how}"]["times_ar_cached"]
+                     for how in ("one_token_a_call", "fast") for n in (1, 16)]
+            assert f"| `{name}.py` | " + " | ".join(f"{v:.1f}" for v in shown) + " |" in PAGE
+
+
+def test_the_page_shows_the_scaling_of_width_and_steps():
+    """`| script | width | 200 steps | 800 steps |`, in nats per story."""
+    found = {(row["name"], row["n_embd"], row["steps"]): row
+             for row in load("scaling", "seed")["rows"]}
+    for name, width in {key[:2] for key in found}:
+        cells = [f"{SIGN[row['bound']]} {row['nats_per_story']:.1f} ± {row['se']:.1f}"
+                 for row in (found[name, width, steps] for steps in (200, 800))]
+        assert f"| `{name}.py` | {width} | {cells[0]} | {cells[1]} |" in PAGE
 
 
 def test_the_tokenizer_of_the_results_is_the_one_in_the_repository():
@@ -169,34 +191,15 @@ def test_the_tokenizer_of_the_results_is_the_one_in_the_repository():
     assert {rows(path, "config")[0]["run"]["tokenizer"] for path in FILES} == {stored}
 
 
-def test_the_line_counts_of_the_readme_are_those_of_the_scripts():
-    for name, count in re.findall(r"^\| \[`(\w+\.py)`\]\(\1\) \| (\d+) \|", README, re.M):
-        assert len((ROOT / name).read_text("utf-8").splitlines()) == int(count)
+def test_the_line_counts_of_the_page_are_those_of_the_scripts():
+    counts = re.findall(r"^\| \[`(\w+\.py)`\]\(\.\./\1\) \| (\d+) \|", PAGE, re.M)
+    assert len(counts) == 6
+    for name, count in counts:
+        assert len((ROOT / name).read_text("utf-8").splitlines()) == int(count), name
 
 
-def test_the_readme_shows_what_training_and_sampling_cost():
-    """`| script | tokens/s | times plain float32 | plain bfloat16 | share of peak | MiB | --help |
-    first step |` and `| script | one token a call, 1 row | 16 | FAST, 1 row | 16 |` times ar.py."""
-    made = json.loads((ROOT / "results/speed.json").read_text("utf-8"))
-    assert {"command", "seed", "torch", "machine", "threads"} <= made.keys()
-    for name in ("ar", "mdlm", "dit_embed", "bit_diffusion", "sdd", "diffugpt_varlen"):
-        row, start = made[f"train_{name}"], made[f"start_{name}"]
-        assert (f"| `{name}.py` | {row['tokens_per_second']:,.0f} | {row['ratio']:.1f} | "
-                f"{row['ratio_bfloat16']:.1f} | {row['share_of_peak']:.0%} | "
-                f"{made[f'memory_{name}']['mib']:,.0f} | {start['help']:.1f} | "
-                f"{start['first_step']:.1f} |") in README
-        if name != "ar":
-            shown = [made[f"sample_{name}_{n}_{how}"]["times_ar_cached"]
-                     for how in ("one_token_a_call", "fast") for n in (1, 16)]
-            assert f"| `{name}.py` | " + " | ".join(f"{v:.1f}" for v in shown) + " |" in README
-
-
-def test_the_readme_shows_the_scaling_of_width_and_steps():
-    """`| script | width | 200 steps | 800 steps |`, in nats per story."""
-    made = json.loads((ROOT / "results/scaling.json").read_text("utf-8"))
-    assert {"command", "seed", "torch", "machine", "threads"} <= made.keys()
-    rows = {(row["name"], row["n_embd"], row["steps"]): row for row in made["rows"]}
-    for name, width in {key[:2] for key in rows}:
-        cells = [f"{ {'exact': '=', 'upper': '<='}[row['bound']]} {row['nats_per_story']:.1f} ± "
-                 f"{row['se']:.1f}" for row in (rows[name, width, s] for s in (200, 800))]
-        assert f"| `{name}.py` | {width} | {cells[0]} | {cells[1]} |" in README
+def test_the_links_of_the_page_lead_somewhere():
+    anchors = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-")
+               for head in re.findall(r"^##+ (.*)", PAGE, re.M)}
+    for target in re.findall(r"\]\(([^):]+)\)", PAGE):
+        assert target[1:] in anchors if target[0] == "#" else (ROOT / "results" / target).exists()

@@ -1,4 +1,4 @@
-"""data/tales.py: the corpus whose probabilities are known must really know them."""
+"""data/tales.py: the grammar, its exact probabilities, the grades of texts, the command line."""
 import math
 import random
 import re
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data.tales import SEPARATOR, SKEW, Tales, entropy, stories  # noqa: E402
+from data.tales import SEPARATOR, SKEW, Tales, entropy, grade, stories  # noqa: E402
 
 GRAMMAR = (ROOT / "data" / "tales.txt").read_text(encoding="ascii")
 
@@ -51,7 +51,7 @@ story:
 """
 
 
-def law(text):
+def listed(text):
     """Every string of a grammar with its p, checked to be a distribution."""
     p = Tales(text).listing()
     assert sum(p.values()) == pytest.approx(1, abs=1e-12)
@@ -68,7 +68,7 @@ def weights(n):
 def test_weights_and_exclusion_by_hand():
     """Positional weights; a second variable on a table has the first one's row taken out; a table
     that is used up leaves the others of the union."""
-    p = law("t(name) a / b / c\nu(name) d\nstory:\n| {x:t}{x} {y:t}{y}\n| {z:u}{z} {w:u|t}{w}")
+    p = listed("t(name) a / b / c\nu(name) d\nstory:\n| {x:t}{x} {y:t}{y}\n| {z:u}{z} {w:u|t}{w}")
     first, (w0, w1, w2) = weights(2), weights(3)
     assert p["A b"] == pytest.approx(first[0] * w0 * w1 / (1 - w0))
     assert p["C b"] == pytest.approx(first[0] * w2 * w1 / (1 - w2))
@@ -78,7 +78,7 @@ def test_weights_and_exclusion_by_hand():
 
 
 def test_listing_equals_scorer():
-    tales, p = Tales(TINY), law(TINY)
+    tales, p = Tales(TINY), listed(TINY)
     assert 1000 < len(p) < 20000
     for text in random.Random(0).sample(sorted(p), 800):
         assert tales.logp(text) == pytest.approx(math.log(p[text]), abs=1e-9)
@@ -88,7 +88,7 @@ def test_listing_equals_scorer():
 
 
 def test_ambiguous_texts_add_up_their_derivations():
-    tales, p = Tales(AMBIGUOUS), law(AMBIGUOUS)
+    tales, p = Tales(AMBIGUOUS), listed(AMBIGUOUS)
     counts = {text: tales.derivations(text) for text in p}
     assert max(counts.values()) >= 4 and sum(counts.values()) > 1.5 * len(p)
     for text in p:
@@ -98,7 +98,7 @@ def test_ambiguous_texts_add_up_their_derivations():
 @pytest.mark.parametrize("grammar", [TINY, AMBIGUOUS])
 def test_samples_follow_the_listing(grammar):
     """Chi-square of 6000 samples, rare strings pooled."""
-    tales, p, n, rng = Tales(grammar), law(grammar), 6000, random.Random(1)
+    tales, p, n, rng = Tales(grammar), listed(grammar), 6000, random.Random(1)
     seen = Counter(tales.sample(rng)[0] for _ in range(n))
     assert seen.keys() <= p.keys()
     cells, rest = [], [0, 0.0]
@@ -244,7 +244,7 @@ def leaves(node):
 
 
 def test_the_motif_comes_back():
-    """The coda says again what the opening said of the hero; judge holds the two together."""
+    """The coda says again what the opening said of the hero; grade holds the two together."""
     tales, seen = Tales(), Counter()
     for text, _ in stories(600, seed=4, tales=tales):
         said = re.search(r"(wore|found|sewed|owned|kept|had|carried) an? (\w+) (\w+)\b", text)
@@ -254,13 +254,13 @@ def test_the_motif_comes_back():
         if coda:
             assert said.groups()[1:] == coda.groups()
             hue = "green" if "green" != coda[1] else "white"
-            other = tales.judge(text[:coda.start(1)] + hue + text[coda.end(1):])
-            assert not other["valid"] and other["known"] == 1 and other["agree"] < 1
+            other = tales.grade(text[:coda.start(1)] + hue + text[coda.end(1):])
+            assert not other["valid"] and other["valid_sentences"] == 1 and other["consistent"] < 1
             seen[said[1] in ("kept", "had", "carried")] += 1
     assert min(seen[True], seen[False]) >= 10
 
 
-# ---- judge -------------------------------------------------------------------------------------
+# ---- grade -------------------------------------------------------------------------------------
 
 def cut(text):
     """Sentences with the white space behind each."""
@@ -289,40 +289,61 @@ def corrupt(kind, text, other, names, rng):
     return "".join(words)
 
 
-def test_judge_separates_corruptions():
+def test_grade_separates_corruptions():
     tales, rng, n = Tales(), random.Random(0), 30
     texts = [text for text, _ in stories(2 * n, seed=9, tales=tales)]
     names = GRAMMAR[GRAMMAR.index("\ngirls("):GRAMMAR.index("\ngirl(")]
     names = set(re.findall(r"\b[A-Z][a-z]+\b", names))
     mean = {}
     for kind in ("intact", "word", "renamed", "shuffled", "spliced", "truncated", "noise"):
-        marks = [tales.judge(corrupt(kind, *pair, names, rng)) for pair in zip(texts, texts[n:])]
-        mean[kind] = {key: sum(mark[key] for mark in marks) / n for key in marks[0]}
-        assert all(m["agree"] <= m["known"] <= 1 and 0 <= m["prefix"] <= 1 for m in marks)
-        assert all((m["logp"] > -math.inf) == m["valid"] for m in marks)
-    intact = mean.pop("intact")
-    assert intact["valid"] == intact["prefix"] == intact["known"] == 1 and intact["agree"] >= 0.99
-    for kind, m in mean.items():
-        assert m["valid"] <= 0.1 and m["agree"] < 0.93, kind
-    assert mean["renamed"]["agree"] < mean["renamed"]["known"] - 0.04  # a local look is blind
-    assert mean["renamed"]["known"] > 0.93 > mean["word"]["known"]
-    assert mean["spliced"]["agree"] < mean["spliced"]["known"] - 0.15
-    assert mean["truncated"]["prefix"] == 1 and mean["truncated"]["valid"] == 0
-    assert mean["shuffled"]["prefix"] < 0.2 < mean["spliced"]["prefix"] < 0.8
-    assert mean["noise"]["known"] == mean["noise"]["agree"] == 0 and mean["noise"]["prefix"] < 0.1
+        grades = [tales.grade(corrupt(kind, *pair, names, rng)) for pair in zip(texts, texts[n:])]
+        for g in grades:
+            assert 0 <= g["consistent"] <= g["valid_sentences"] <= 1 and 0 <= g["prefix"] <= 1
+            assert (g["logp"] > -math.inf) == g["valid"]
+        mean[kind] = [sum(g[key] for g in grades) / n
+                      for key in ("valid", "prefix", "valid_sentences", "consistent")]
+    valid, prefix, sentences, consistent = (dict(zip(mean, x)) for x in zip(*mean.values()))
+    assert valid["intact"] == prefix["intact"] == sentences["intact"] == 1
+    assert consistent["intact"] >= 0.99
+    for kind in mean.keys() - {"intact"}:
+        assert valid[kind] <= 0.1 and consistent[kind] < 0.93, kind
+    assert consistent["renamed"] < sentences["renamed"] - 0.04    # each sentence alone is valid
+    assert sentences["renamed"] > 0.93 > sentences["word"]
+    assert consistent["spliced"] < sentences["spliced"] - 0.15
+    assert prefix["truncated"] == 1 and valid["truncated"] == 0
+    assert prefix["shuffled"] < 0.2 < prefix["spliced"] < 0.8
+    assert sentences["noise"] == consistent["noise"] == 0 and prefix["noise"] < 0.1
 
 
-def test_judge_is_quick_and_never_fails():
+def test_grade_by_hand():
+    tales = Tales("girls(name; he=she) Ada\nboys(name; he=he) Tom\n"
+                  "story:\n| {x:girls|boys}{x} ran.\n  {x.he} slept.")
+    by_hand = {"Ada ran. She slept.": (1, 1, 1, 1), "Tom ran. He slept.": (1, 1, 1, 1),
+               "Ada ran. He slept.": (0, 9 / 18, 1, 1 / 2), "Tom ran.": (0, 1, 1, 1),
+               "Ada ran. She slept. Tom flew.": (0, 19 / 29, 2 / 3, 2 / 3), "": (0, 0, 0, 0)}
+    for text, expected in by_hand.items():
+        g = tales.grade(text)
+        assert (g["valid"], g["prefix"], g["valid_sentences"], g["consistent"]) == expected
+    names = "valid_stories", "prefix", "valid_sentences", "consistent", "true_nll"
+    rates = grade(iter(by_hand), tales)
+    assert tuple(rates) == names and rates["true_nll"] == pytest.approx(
+        -sum(map(math.log, weights(2))) / 2)
+    assert [rates[name] for name in names[:4]] == pytest.approx(
+        [sum(column) / 6 for column in zip(*by_hand.values())])
+    assert tuple(grade([""], tales).values()) == tuple(grade([]).values()) == (0, 0, 0, 0, None)
+
+
+def test_grade_is_quick_and_never_fails():
     tales, begin = Tales(), time.process_time()
     texts = [text for text, _ in stories(20, seed=10, tales=tales)]
     for text in texts:
-        tales.judge(text)
+        tales.grade(text)
     assert (time.process_time() - begin) / 20 < 0.5              # measured: 0.012 s
     for text in ("", " ", "\n\n", '"', "A", "x" * 50000, "He was. " * 5000, ". " * 3000,
                  " ".join(texts), "caf\u00e9 \u2603. Tom"):
         begin = time.process_time()
-        mark = tales.judge(text)
-        assert not mark["valid"] and mark["logp"] == -math.inf and 0 <= mark["agree"] < 0.5
+        g = tales.grade(text)
+        assert not g["valid"] and g["logp"] == -math.inf and 0 <= g["consistent"] < 0.5
         assert time.process_time() - begin < 6                   # measured: 0.5 s
 
 
@@ -359,19 +380,19 @@ def test_command_line(tmp_path):
     file = tmp_path / "told.txt"
     texts = [text for text, _ in told] + ["No. He ran.\n"]
     file.write_text(f"\n{SEPARATOR}\n".join(texts))
-    judged = tales_py("judge", file)
-    rows = judged.stdout.splitlines()[1:]
-    assert (judged.returncode, judged.stderr, len(rows)) == (0, "", 5)
+    graded = tales_py("grade", file)
+    rows = graded.stdout.splitlines()[1:]
+    assert (graded.returncode, graded.stderr, len(rows)) == (0, "", 5)
     assert rows[0].split()[:5] == ["1", f"{-told[0][1]:.2f}", "1.000", "1.000", "1.000"]
     assert rows[3].split()[:2] == ["0", "inf"] and rows[4].split()[0] == "0.75"
-    assert tales_py("judge", told[0][0]).stdout.splitlines()[1] == rows[0]
+    assert tales_py("grade", told[0][0]).stdout.splitlines()[1] == rows[0]
     shown = tales_py("entropy", "--n", 50).stdout
     assert re.fullmatch(r"\d\d\.\d\d \+- \d\.\d\d nats per story\n", shown)
 
 
 @pytest.mark.parametrize("args", [
-    ["judge"], ["judge", "no_such_file.txt"], ["judge", "{folder}"], ["judge", "{bytes}"],
-    ["judge", "{empty}"], ["judge", " "], ["tell", "Once."], ["entropy", "--n", "1"], ["--n", "0"],
+    ["grade"], ["grade", "no_such_file.txt"], ["grade", "{folder}"], ["grade", "{bytes}"],
+    ["grade", "{empty}"], ["grade", " "], ["tell", "Once."], ["entropy", "--n", "1"], ["--n", "0"],
     ["--n", "few"], ["sing"], ["--temperature", "2"]])
 def test_command_line_mistakes(args, tmp_path):
     """One sentence on stderr, exit code 2, nothing on stdout."""

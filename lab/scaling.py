@@ -1,8 +1,8 @@
-"""What width and steps are worth: `python results/scaling.py` trains ar.py and mdlm.py at three
-widths for 200 and for 800 steps, everything else as by default, measures both on the same 128
-validation stories and writes results/scaling.json and scaling.png.
+"""What width and steps are worth: ar.py and mdlm.py at three widths, for 200 and for 800 steps, all
+else as by default, measured on the same 128 validation stories.
 
-An interrupted comparison goes on where it stopped; `python results/scaling.py draw` only draws.
+    python lab/scaling.py           writes results/scaling.json and scaling.png; goes on if stopped
+    python lab/scaling.py draw      only the figure
 """
 import json
 import sys
@@ -11,35 +11,39 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # `python lab/scaling.py`
 import ar
 import common
 import mdlm
+from data.prepare import load_data
 
 WIDTHS, STEPS = (64, 128, 256), (200, 800)
-TARGET = Path(__file__).with_suffix(".json")
+TARGET = ROOT / "results/scaling.json"
 
 
 def run(script, width, steps):
     """Train one of them and measure it: a row for the file."""
-    out = Path("out") / f"scaling_{script.NAME}_{width}_{steps}"
+    name = script.__name__
+    out = Path("out") / f"scaling_{name}_{width}_{steps}"
     if (out / "row.json").exists():
         return json.loads((out / "row.json").read_text())
     cfg = script.Config(n_embd=width, steps=steps, eval_every=steps, device="cpu", out=str(out))
     model = script.train(cfg)
-    with common.precision(torch.device("cpu"), cfg.dtype)[0]:
-        row = script.evaluate(model, cfg)
-    row = dict(name=script.NAME, n_embd=width, steps=steps, seed=cfg.seed, bound=row["bound"],
+    with common.Run(cfg).amp:
+        row = script.evaluate(model, load_data(cfg), cfg)
+    row = dict(name=name, n_embd=width, steps=steps, seed=cfg.seed, bound=row["bound"],
                tokens=steps * cfg.batch_size * cfg.seq_len,
                matrices=sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2),
                parameters=sum(p.numel() for p in model.parameters()),
-               nats_per_story=row["nats_per_doc"], se=row["se"], floor=row["floor_per_doc"])
+               nats_per_story=row["nats_per_doc"], se=row["se"],
+               entropy_per_doc=row["entropy_per_doc"])
     (out / "row.json").write_text(json.dumps(row))
     return row
 
 
 def draw(rows):
-    """Bound against width, a line for each number of steps."""
+    """Likelihood against width, a line for each number of steps."""
     figure = Figure(figsize=(7, 3.8), dpi=100, layout="constrained")
     axes = figure.subplots()
     for name, color in (("ar", "C0"), ("mdlm", "C1")):
@@ -48,7 +52,7 @@ def draw(rows):
             axes.errorbar([r["n_embd"] for r in line], [r["nats_per_story"] for r in line],
                           [2 * r["se"] for r in line], ls=style, color=color, marker="o", ms=4,
                           capsize=2, label=f"{name}.py, {steps} steps")
-    axes.axhline(rows[0]["floor"], ls=":", color="black", label="entropy")
+    axes.axhline(rows[0]["entropy_per_doc"], ls=":", color="black", label="entropy")
     axes.set(xlabel="width", ylabel="nats per story, 2 SE", xscale="log", yscale="log",
              title="Width and steps: exact for ar.py, a bound for mdlm.py")
     axes.set_xticks(WIDTHS, list(map(str, WIDTHS)))
@@ -60,14 +64,14 @@ def draw(rows):
     figure.savefig(TARGET.with_suffix(".png"))
 
 
-def main():
-    if sys.argv[1:] == ["draw"]:
+def main(argv):
+    if argv == ["draw"]:
         return draw(json.loads(TARGET.read_text())["rows"])
-    for script in (ar, mdlm):  # samples are not needed here
-        script.grade = lambda *a, **k: None
+    if argv:
+        raise common.UserError(f"unknown arguments {' '.join(argv)}: give none, or draw")
     rows = [run(script, width, steps) for steps in STEPS for width in WIDTHS
             for script in (ar, mdlm)]
-    made = dict(command="python results/scaling.py", seed=rows[0]["seed"],
+    made = dict(command="python lab/scaling.py", seed=rows[0]["seed"],
                 torch=torch.__version__, machine=common.machine(torch.device("cpu")),
                 threads=torch.get_num_threads(), rows=rows)
     TARGET.write_text(json.dumps(made) + "\n")
@@ -78,4 +82,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    common.run_main(main)

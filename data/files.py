@@ -1,0 +1,69 @@
+"""Mistakes that become one sentence, and files that are written whole or not at all."""
+import contextlib
+import errno
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake the user can repair. One sentence: what is wrong and what to do."""
+
+
+def run_main(main):
+    """Call main(argv). A UserError, a file that cannot be used and a full memory are one sentence
+    on stderr and exit code 2, Ctrl-C is exit code 130; what is a fault of ours keeps its traceback.
+    """
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a letter shows "?"
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    try:
+        main(sys.argv[1:])
+        return sys.stdout.flush()
+    except KeyboardInterrupt as stop:
+        print(stop if stop.args else "interrupted", file=sys.stderr)
+        sys.exit(130)
+    except UserError as error:
+        text = error
+    except OSError as error:
+        if not error.filename:  # the output itself: nothing more must be written to it at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader of our output has seen enough (head)
+            sys.exit(1)
+        text = (f"cannot use {error.filename or 'the output'} ({error.strerror or error}): check "
+                "its rights and the free space, or choose another folder with --out; what was "
+                "saved before is kept")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search(
+                "out of memory|can't allocate memory", str(error)):
+            raise
+        text = ("the memory is full: lower --batch-size (and raise --grad-accum), --seq-len or "
+                "--num-samples")
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
+def replace(path, write):
+    """write(temporary file), sync it, rename it to `path`: a crash or a full disk in between
+    leaves the old file whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save has its own words for a full disk
+        temporary.unlink(missing_ok=True)
+        raise OSError(getattr(error, "errno", errno.EIO), getattr(
+            error, "strerror", "it was not written whole"), str(path)) from None
+
+
+def read_log(out):
+    """The rows of the log.jsonl in folder `out`; a line that a crash has cut off is left out."""
+    path, rows = Path(out) / "log.jsonl", []
+    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and {"kind", "step"} <= row.keys()]

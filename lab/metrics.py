@@ -1,0 +1,88 @@
+"""What samples are worth as text: rates of the grammar on tales, generative NLL under a run of
+ar.py, diversity.
+
+    python lab/metrics.py --samples out/mdlm/samples.txt --judge out/ar
+"""
+import math
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python lab/metrics.py`
+import ar
+import common
+from data.tales import grade
+from data.units import tokens_of
+
+
+def text_metrics(rows):
+    """Lists of token ids -> distinct-n (the share of n-grams that differ), entropy of the pooled
+    unigrams in nats, repetition (the share of tokens that equal the one before)."""
+    out = {}
+    for n in (1, 2, 3):
+        grams = Counter(tuple(row[i:i + n]) for row in rows for i in range(len(row) - n + 1))
+        total = max(1, grams.total())
+        out[f"distinct_{n}"] = len(grams) / total
+        if n == 1:
+            out["entropy"] = -sum(c / total * math.log(c / total) for c in grams.values())
+    pairs = [a == b for row in rows for a, b in zip(row, row[1:])]
+    return out | dict(repetition=sum(pairs) / max(1, len(pairs)))
+
+
+def load_judge(out, device, tokenizer=None):
+    """The run of ar.py in the folder `out` as (model, Config, tokenizer), or None if there is none.
+    Its tokenizer must be that of the samples."""
+    if not (Path(out) / "model.safetensors").exists():
+        return None
+    cfg = common.load_config(ar.Config, out)
+    model, stored = common.load_model(ar.Model, cfg, device, tokenizer)
+    return model.requires_grad_(False), cfg, stored
+
+
+def generative_nll(x, cfg, judge):
+    """Nats per token of the rows x (n, T) under the judge. Repetition lowers it: read it beside the
+    entropy."""
+    model, theirs, _ = judge
+    rows, ended = tokens_of(x, cfg), x.clone()
+    for row, tokens in zip(ended, rows):
+        row[len(tokens):] = cfg.eos  # what follows the first EOS is not part of the text
+    count = sum(map(len, rows)) + (len(rows) if cfg.rows == "docs" else 0)
+    return ar.nll(model, ended.to(model.head.weight.device), theirs).sum().item() / max(1, count)
+
+
+def measure(x, cfg, tokenizer, judge=None):
+    """All of it for the rows x (n, T), as a dictionary of numbers."""
+    rows = tokens_of(x, cfg)
+    out = grade(list(map(tokenizer.decode, rows))) if cfg.data == "tales" else {}
+    if judge:
+        out["gen_nll"] = generative_nll(x, cfg, judge)
+    return out | text_metrics(rows)
+
+
+@dataclass
+class Options:
+    samples: str = "out/mdlm/samples.txt"  # texts, with <|endoftext|> between two
+    judge: str = "out/ar"  # the run of ar.py whose likelihood is the generative NLL
+
+
+def main(argv):
+    opt = tyro.cli(Options, args=argv, description=__doc__)
+    texts = Path(opt.samples).read_text("utf-8").removesuffix("\n").split("\n<|endoftext|>\n")
+    judge = load_judge(opt.judge, torch.device("cpu"))
+    if not judge:
+        raise common.UserError(f"no checkpoint in {opt.judge}: train ar.py, or choose another "
+                               "--judge")
+    cfg, tokenizer = judge[1:]
+    rows = [tokenizer.encode(text)[:cfg.seq_len] for text in texts]
+    x = torch.tensor([row + [cfg.eos] * (cfg.seq_len - len(row)) for row in rows])
+    print(f"{len(rows)} texts, " + ", ".join(
+        f"{key} {value:.3g}" for key, value in measure(x, cfg, tokenizer, judge).items()
+        if value is not None))
+
+
+if __name__ == "__main__":
+    common.run_main(main)
