@@ -136,13 +136,13 @@ class Attention(nn.Module):
         q, k = (rotate(F.rms_norm(y, y.shape[-1:]), positions) for y in (q, k))  # (B, H, T, D)
         if kv_cache is not None:  # extended in place, by the prompt, then by one token a call
             k, v = (torch.cat(pair, 2) for pair in zip(kv_cache, (k, v))) if kv_cache else (k, v)
-            kv_cache[:] = k, v
-        if x.device.type != "cpu":
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
-        else:  # PyTorch's fused kernel is slow on a CPU, see LOG.md
+            kv_cache[:] = k, v  # (B, H, past and new tokens, D)
+        if x.device.type == "cpu":  # written out: the fused kernel is slow there, see LOG.md
             scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5  # (B, H, T, past and new tokens)
             future = scores.new_full(scores.shape[2:], -torch.inf).triu(1 + k.shape[2] - T)
             y = (scores + future).softmax(-1).to(v.dtype) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -232,7 +232,9 @@ def nll(model, x0, cfg):
 def filter_logits(logits, cfg):
     """Temperature, then top-k, then top-p: logits (n, V) with -inf at what is cut. Top-k keeps
     ties; top-p keeps the smallest set that holds top_p, at least one token."""
-    logits = logits / max(cfg.temperature, 1e-6)
+    if cfg.temperature == 0:
+        return torch.full_like(logits, -torch.inf).scatter(1, logits.argmax(1, True), 0.0)
+    logits = logits / cfg.temperature
     if 0 < cfg.top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(cfg.top_k).values[:, -1:], -torch.inf)
     if cfg.top_p < 1:
@@ -253,8 +255,8 @@ def categorical(logits, g):
 
 @torch.no_grad()
 def sample(model, x, cfg, g, on_step=None):
-    """Continue the rows of the canvas x (n, T) from the first column that holds the mask id V, from
-    left to right: (n, T) and NFE, the network evaluations. on_step(nfe, x) is called after each."""
+    """Continue the canvas x (n, T), prompts of one length and then the mask id V, from left to
+    right: (n, T) and NFE, the network evaluations. on_step(nfe, x) is called after each."""
     x, nfe, kv_cache = x.clone(), 0, [[] for _ in model.blocks]
     first = int((x[0] != cfg.vocab_size).cumprod(0).sum())
     new = torch.cat((torch.full_like(x[:, :1], cfg.bos), x[:, :first]), 1)  # BOS and the prompt
@@ -320,13 +322,13 @@ def train(cfg, sample=sample):
             x0 = get_batch(data.train, cfg, g).to(run.device)
             weight = 1 / is_scored(x0, cfg).sum()
             total = torch.zeros((), device=run.device)
-            parts = torch.arange(len(x0)).tensor_split(cfg.grad_accum * run.world)
-            for rows in parts[run.rank::run.world]:
+            micro_batches = torch.arange(len(x0)).tensor_split(cfg.grad_accum * run.world)
+            for i in micro_batches[run.rank::run.world]:
                 with run.amp:
-                    loss = loss_fn(model, x0[rows], weight, cfg)
+                    loss = loss_fn(model, x0[i], weight, cfg)
                 loss.backward()
                 total += loss.detach()
-            run.sum([total] + [p.grad for p in model.parameters()])
+            run.all_reduce([total] + [p.grad for p in model.parameters()])
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
             if not math.isfinite(total.item() + norm):
                 raise common.UserError(f"loss {total}, gradient {norm} at step {step}: lower --lr")
@@ -351,12 +353,13 @@ def train(cfg, sample=sample):
 
 # ---- 7. main -----------------------------------------------------------------------------------
 def main(argv, Config=Config, sample=sample):
-    """train (default), sample or eval."""
+    """train (default), sample or eval. lab/ passes variants of the last arguments."""
     command, cfg = common.parse(Config, PRESETS, argv)
     if command == "train":
         return train(cfg, sample)
-    run, data = common.Run(cfg), load_data(cfg) if command == "eval" else None
-    model, tokenizer = common.load_model(Model, cfg, run.device, data and data.tokenizer)
+    run = common.Run(cfg)
+    data = load_data(cfg) if command == "eval" else None
+    model, tokenizer = common.load_model(Model, cfg, run.device, data)
     if command == "eval":
         with run.amp:
             run.say(f"test: {report(evaluate(model, data, cfg, 'test', 500))}")

@@ -7,9 +7,7 @@ import dataclasses
 import io
 import itertools
 import json
-import math
 import os
-import platform
 import re
 import signal
 import sys
@@ -41,8 +39,8 @@ def parse(Config, presets, argv):
     command, argv = (argv[0], argv[1:]) if argv and argv[0][:1] != "-" else ("train", argv)
     if command not in ("train", "sample", "eval"):
         raise UserError(f"unknown command '{command}': choose train, sample or eval")
-    words = [part for word in argv for part in word.split("=", 1)]
-    flags = dict(zip(words, words[1:]))  # two of them are needed before all are parsed
+    # --out and --preset are needed before all flags are parsed
+    flags = dict(itertools.pairwise(part for word in argv for part in word.split("=", 1)))
     stored = command != "train" or "--resume" in argv
     default = (load_config(Config, flags.get("--out", Config.out)) if stored else
                Config(**presets.get(flags.get("--preset", Config.preset), {})))
@@ -105,7 +103,7 @@ def machine(device):
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError, TypeError):
         return re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    return platform.machine()
+    return sys.platform
 
 
 # ---- run folder and checkpoints ----------------------------------------------------------------
@@ -177,8 +175,7 @@ class Run:
                  machine=machine(self.device), device=str(self.device), processes=self.world,
                  dtype=self.dtype, threads=torch.get_num_threads())
         self.say(f"{size / 1e6:.2f}M parameters, {self.device} {self.dtype}, {self.out}; to beat: "
-                 f"uniform {math.log(self.cfg.vocab_size):.3f}, unigram entropy "
-                 f"{data.unigram_entropy:.3f} nats/token")
+                 f"the unigram entropy, {data.unigram_entropy:.3f} nats/token")
         self.bar = self.exits.enter_context(tqdm(  # disable=None: only on a terminal
             total=self.cfg.steps, initial=step, unit="step", dynamic_ncols=True, disable=None))
 
@@ -191,10 +188,10 @@ class Run:
     def stopping(self):
         """Was any of the processes asked to stop?"""
         asked = torch.tensor(float(self.stopped), device=self.device)
-        self.sum([asked])
+        self.all_reduce([asked])
         return asked.item() > 0
 
-    def sum(self, tensors):
+    def all_reduce(self, tensors):
         """Add up each tensor over all processes, in place."""
         if self.world > 1:
             flat = torch.cat([x.reshape(-1) for x in tensors])
@@ -280,12 +277,12 @@ def load_config(Config, out):
         return Config(**{**json.loads(file.metadata()["config"]), "out": str(out)})
 
 
-def load_model(Model, cfg, device, tokenizer=None):
-    """The checkpoint in cfg.out: (model, tokenizer). A `tokenizer` of data must be the same."""
+def load_model(Model, cfg, device, data=None):
+    """The checkpoint in cfg.out: (model, tokenizer). The tokenizer of `data` must be the same."""
     with usable(Path(cfg.out) / "model.safetensors") as path, safe_open(path, "pt") as file:
         stored = Tokenizer(json.loads(file.metadata()["tokenizer"]))
-        if tokenizer and tokenizer.fingerprint != stored.fingerprint:
-            raise ValueError(f"another tokenizer than the {tokenizer.name} of these data")
+        if data and data.tokenizer.fingerprint != stored.fingerprint:
+            raise ValueError(f"another tokenizer than the {data.tokenizer.name} of these data")
         model = Model(cfg).to(device)
         model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
     return model, stored

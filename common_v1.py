@@ -699,7 +699,10 @@ def load_judge(out, tokenizer, run):
     import ar
     import common
     cfg = common.load_config(ar.Config, out)
-    return ar, common.load_model(ar.Model, cfg, run.device, tokenizer)[0], cfg
+    model, stored = common.load_model(ar.Model, cfg, run.device)
+    if stored.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"the run in {out} has another tokenizer: choose another --judge")
+    return ar, model, cfg
 
 
 def text_metrics(rows):

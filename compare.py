@@ -7,17 +7,19 @@
     python compare.py film                  the six methods write a story each, side by side
 
 Every method gets the same tokens of the same data, in its default configuration, and is measured on
-the same test documents with the same positions charged. Nothing here is a model: each run is the
+the same test documents with the same positions scored. Nothing here is a model: each run is the
 command of a script that stands in its row, and n-gram models, whose counts need no training, say
 what is left to learn. An interrupted comparison goes on where it stopped; runs are kept in
 out/compare/, and only those are made again whose script or settings have changed.
 
 Kinds of numbers: `=` is an exact likelihood, `<=` an upper bound on one (part of the difference of
-the two may be the looseness of the bound), and marks of samples are no likelihood at all.
+the two may be the looseness of the bound), and metrics of samples are no likelihood at all.
 """
 import argparse
+import ast
 import dataclasses
 import functools
+import hashlib
 import importlib
 import json
 import math
@@ -30,20 +32,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 import common
+import common_v1
 from common import UserError
+from data.prepare import load_data
+from data.units import report, se, tokens_of
+from lab.ar_extra import infill_left
+from lab.decoding import Config as DecodingConfig
+from lab.mdlm_eval import nelbo_steps
+from lab.metrics import load_judge, measure as measure_samples
 
 ROOT = Path(__file__).parent
 IDEAS = {  # in the order of the tables
     "ar": "predict each token from the ones before it",
-    "mdlm": "hide tokens, learn to say what was hidden",
-    "dit_embed": "blur each word's vector, learn to name it",
-    "bit_diffusion": "flip bits of token codes, learn them back",
-    "sdd": "k weighted candidates a position, settled by evidence",
-    "diffugpt_varlen": "a GPT becomes a diffusion model, length known first",
+    "mdlm": "mask tokens at random, predict the masked ones",
+    "dit_embed": "add Gaussian noise to embeddings, predict the tokens",
+    "bit_diffusion": "flip bits of token codes, predict the tokens",
+    "sdd": "show k weighted candidates a position, predict tokens",
+    "diffugpt_varlen": "adapt a causal GPT to diffusion, predict length",
 }
-BUDGETS = dict(  # settings of every run; test documents, samples, calls of the few-step frontier
+SMALL = ("ar", "mdlm")  # on common.py; the others are on common_v1.py, whose names differ
+BUDGETS = dict(  # settings of every run; test documents, samples, NFE of the few-step frontier
     quick=dict(run=dict(steps=16, eval_every=16, n_layer=1, n_head=2, n_embd=64, device="cpu",
                         sampling_steps=8), seeds=(1337,), test=16, n=4, frontier=(4,)),
     standard=dict(run=dict(steps=1600), seeds=(1337, 1338, 1339), test=256, n=64,
@@ -51,7 +62,8 @@ BUDGETS = dict(  # settings of every run; test documents, samples, calls of the 
     full=dict(run=dict(preset="small", steps=10000, batch_size=64, eval_every=500),
               seeds=(1337,), test=500, n=64, frontier=(4, 8, 16, 32, 64)),
 )
-MARKS = ("valid", "prefix", "known", "agree", "nll_valid", "entropy", "distinct_2", "repetition")
+METRICS = ("valid_stories", "prefix", "valid_sentences", "consistent", "true_nll", "entropy",
+           "distinct_2", "repetition")
 SIGN = dict(exact="=", upper="<=")
 
 
@@ -60,8 +72,9 @@ SIGN = dict(exact="=", upper="<=")
 def settings(name, budget, seed):
     """The flags of one run. A model adapted from a parent shares the budget with it, 5 to 11."""
     run = dict(BUDGETS[budget]["run"], seed=seed, out=f"out/compare/{budget}/{name}_{seed}")
-    if name == "ar":
-        run.pop("sampling_steps", None)
+    steps = run.pop("sampling_steps", None)
+    if steps and name != "ar":
+        run["num_steps" if name in SMALL else "sampling_steps"] = steps
     if name == "diffugpt_varlen":
         run["parent_steps"] = run["steps"] * 5 // 16
         run["steps"] -= run["parent_steps"]
@@ -74,17 +87,44 @@ def config(name, run):
     return script.Config(**{**script.PRESETS[run.get("preset", "tiny")], **run})
 
 
+def code_of(name):
+    """A fingerprint of a script that its comments, its docstrings and its last section, the command
+    line, do not change."""
+    tree = ast.parse((ROOT / f"{name}.py").read_text("utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(
+                body[0].value, ast.Constant):
+            body[0].value.value = ""
+    tree.body = [node for node in tree.body if getattr(node, "name", "") != "main"]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
+
+def made_by(name, run):
+    """What made a run: config, step, command, parameters, versions, hardware; else {}."""
+    out = Path(run["out"])
+    if name not in SMALL:
+        path = out / "config.json"
+        made = json.loads(path.read_text()) if path.exists() else {}
+        return made and dict(made["run"], config=made["config"])
+    if not (out / "model.safetensors").exists():
+        return {}
+    with safe_open(out / "model.safetensors", "pt") as file:
+        about = file.metadata()
+    made = [row for row in common.read_log(out) if row["kind"] == "config"][0]
+    return dict(made, config=json.loads(about["config"]), step=int(about["step"]))
+
+
 def is_made(name, run):
     """Is the run's checkpoint there, complete, of these settings and of today's script?"""
-    out = Path(run["out"])
-    if not (out / "config.json").exists():
+    made, code = made_by(name, run), Path(f"{run['out']}.code")
+    if not made or not code.exists() or code.read_text() != code_of(name):
         return False
-    made = json.loads((out / "config.json").read_text())
-    same = all(made["config"].get(k) == v for k, v in dataclasses.asdict(config(name, run)).items()
-               if k not in ("resume", "data_dir", "vocab_size", "eos", "bos", "rows", "device"))
-    if not same or made["run"].get("code") != common.code_of(ROOT / f"{name}.py"):
+    skip = ("resume", "data_dir", "vocab_size", "eos", "bos", "rows", "device")
+    if any(made["config"].get(k) != v for k, v in dataclasses.asdict(config(name, run)).items()
+           if k not in skip):
         return False
-    return made["run"]["step"] == run["steps"] or "unfinished"
+    return made["step"] == run["steps"] or "unfinished"
 
 
 def train(name, run):
@@ -97,65 +137,142 @@ def train(name, run):
     argv += ["--resume"] if made else []
     print(f"\n$ python {name}.py {' '.join(argv)}", flush=True)
     before, sys.argv = sys.argv, [f"{name}.py", *argv]
+    Path(run["out"]).parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{run['out']}.code").write_text(code_of(name))
     try:
         importlib.import_module(name).main(argv)
     finally:
         sys.argv = before
 
 
-# ---------------------------------------------------------------------------------- measurements
+# ------------------------------------------------------------- one way to call all six
 
 def load(name, run):
-    """(script, model, Config) of a finished run."""
+    """(script, model, Config, data) of a finished run."""
     script, out = importlib.import_module(name), Path(run["out"])
-    cfg = script.fill_in(common.load_config(script.Config, out))
-    device = common.pick_device("auto" if cfg.device == "auto" else cfg.device)
-    model = script.Model(cfg).to(device).requires_grad_(False)
-    common.load_weights(model, out)
-    return script, model, cfg
+    if name in SMALL:
+        cfg = common.load_config(script.Config, out)
+        data, device = load_data(cfg), common.pick_device(cfg.device)
+        return script, common.load_model(script.Model, cfg, device, data)[0], cfg, data
+    cfg = script.fill_in(common_v1.load_config(script.Config, out))
+    model = script.Model(cfg).to(common.pick_device(cfg.device)).requires_grad_(False)
+    common_v1.load_weights(model, out)
+    return script, model, cfg, script.open_data(cfg.data_dir)
 
 
-def draw(script, model, cfg, n, judge, seen):
-    """n samples under cfg and what they are worth; `novel` is the share that is no training
-    document. Returns a row, the ids (n, T) and the texts."""
-    tokenizer = script.open_data(cfg.data_dir).tokenizer
-    x, info = script.sample(model, cfg, n, torch.Generator().manual_seed(cfg.seed))
-    rows = common.tokens_of(x, cfg)
-    row = dict(calls=info["nfe"], temperature=cfg.temperature,
-               length=sum(map(len, rows)) / n,
-               novel=share_new(rows, seen),
-               **common.measure(x, cfg, tokenizer, judge))
-    return row, rows, [tokenizer.decode(r) for r in rows]
+def is_small(script):
+    return script.__name__ in SMALL
 
 
-def sampling(script, cfg):
-    """cfg as `sample` draws; ar.py has no such setting and gets the temperature of most others."""
-    return script.fast(cfg) if hasattr(script, "fast") else dataclasses.replace(
-        cfg, temperature=0.5)
+def amp(model, cfg):
+    """The autocast context of a run."""
+    device = next(model.parameters()).device
+    return torch.autocast(device.type, torch.bfloat16,
+                          common.pick_dtype(cfg.dtype, device) == "bfloat16")
 
 
-def one_token(script, model, cfg, n):
-    """Accuracy of filling one hidden token of each of n test documents at temperature 0. ar.py sees
+def eval_rows(script, cfg, data, split, n):
+    return script.get_eval_rows(getattr(data, split) if is_small(script) else split, cfg, n)
+
+
+def train_rows(script, cfg, data, n):
+    """The first n training documents: (n, T)."""
+    index = np.arange(n)
+    return script.get_rows(data.train, cfg, index) if is_small(script) else script.take(
+        "train", cfg, index)
+
+
+def sample(script, model, cfg, n, g, canvas=None, frames=None):
+    """n samples, or canvas (n, T) denoised: ids (n, T) and the NFE. `frames`, a list, gets (nfe,
+    ids) after each step."""
+    device = next(model.parameters()).device
+    if not is_small(script):
+        trace = None if frames is None else []
+        given = {} if canvas is None else dict(start=canvas.to(device))
+        x, info = script.sample(model, cfg, n, g, trace=trace, **given)
+        if frames is not None:
+            frames += [(nfe, ids[0].tolist()) for nfe, ids, *_ in trace]
+        return x, info["nfe"]
+    canvas = torch.full((n, cfg.seq_len), cfg.vocab_size) if canvas is None else canvas
+    x, nfe = script.sample(model, canvas.to(device), cfg, g, on_step=None if frames is None else (
+        lambda nfe, x: frames.append((nfe, x[0].tolist()))))
+    if frames is not None:
+        frames.append((nfe, x[0].tolist()))
+    return x, nfe
+
+
+def loss(script, model, cfg, x0, g):
+    """The training loss of the rows x0 (B, T)."""
+    if not is_small(script):
+        return script.loss_fn(model, x0, cfg, g)[0]
+    noise = (1 / script.is_scored(x0, cfg).sum(), cfg) if script.__name__ == "ar" else \
+        script.corrupt(x0, cfg, g)
+    return script.loss_fn(model, x0, *noise)
+
+
+def evaluate(script, model, cfg, data, n):
+    """The likelihood of n test documents, as a row with the names of data/units.py."""
+    if is_small(script):
+        return script.evaluate(model, data, cfg, "test", n)
+    row = script.evaluate(model, cfg, "test", n)
+    return {"entropy_per_doc" if k == "floor_per_doc" else k: v for k, v in row.items()}
+
+
+def ancestral(script, cfg):
+    """cfg with the sampler that the likelihood is about: temperature 1, one token a step."""
+    if script.__name__ == "mdlm":
+        return dataclasses.replace(cfg, order="random", num_steps=0, temperature=1.0,
+                                   remask="none")
+    return cfg
+
+
+def default_sampler(script, cfg):
+    """cfg as `sample` draws; ar.py gets the temperature of most others."""
+    if script.__name__ == "ar":
+        return dataclasses.replace(cfg, temperature=0.5)
+    return cfg if is_small(script) else script.fast(cfg)
+
+
+def with_steps(script, cfg, steps):
+    """cfg with so many steps."""
+    return dataclasses.replace(cfg, **{"num_steps" if is_small(script) else "sampling_steps":
+                                       steps})
+
+
+# ---------------------------------------------------------------------------------- measurements
+
+def draw(script, model, cfg, data, n, judge, seen):
+    """n samples under cfg and their metrics; `novelty` is the share that is no training document.
+    Returns a row, the ids (lists) and the texts."""
+    x, nfe = sample(script, model, cfg, n, torch.Generator().manual_seed(cfg.seed))
+    rows = tokens_of(x, cfg)
+    row = dict(nfe=nfe, temperature=cfg.temperature, length=sum(map(len, rows)) / n,
+               novelty=share_new(rows, seen), **measure_samples(x, cfg, data.tokenizer, judge))
+    return row, rows, [data.tokenizer.decode(r) for r in rows]
+
+
+def infill_accuracy(script, model, cfg, data, n):
+    """Accuracy of filling one masked token of each of n test documents at temperature 0. ar.py sees
     the left side only, the others both."""
-    x0 = script.get_eval_rows("test", cfg, n)[0]
-    g = torch.Generator().manual_seed(0)
+    x0, g = eval_rows(script, cfg, data, "test", n)[0], torch.Generator().manual_seed(0)
     size = (x0 != cfg.eos).cumprod(1).sum(1).clamp(min=1)
     at = (torch.rand(len(x0), generator=g) * size).long()
-    device = next(model.parameters()).device
-    if script.NAME == "ar":
-        said = torch.cat([script.infill_left(model, row[None].to(device), int(i), cfg).argmax(1)
-                          for row, i in zip(x0, at)]).cpu()
+    truth = x0.gather(1, at[:, None])[:, 0]
+    if script.__name__ == "ar":
+        said = torch.stack([infill_left(model, row[None], int(i), cfg)[0].argmax()
+                            for row, i in zip(x0.to(next(model.parameters()).device), at)]).cpu()
     else:
-        greedy = dataclasses.replace(cfg, temperature=0.0, sampling_steps=16)
-        start = x0.scatter(1, at[:, None], cfg.vocab_size).to(device)
-        x, _ = script.sample(model, greedy, len(x0), g, start=start)
-        said = x.cpu().gather(1, at[:, None])[:, 0]
-    return (said == x0.gather(1, at[:, None])[:, 0]).float().mean().item()
+        greedy = dataclasses.replace(with_steps(script, ancestral(script, cfg), 16),
+                                     temperature=0.0)
+        canvas = x0.scatter(1, at[:, None], cfg.vocab_size)
+        said = sample(script, model, greedy, len(x0), g, canvas)[0].cpu().gather(
+            1, at[:, None])[:, 0]
+    return (said == truth).float().mean().item()
 
 
-def train_documents(script, cfg):
+def train_documents(data, cfg):
     """The training documents as a set of bytes of ids, to see what a model repeats."""
-    ids, offsets, _ = script.open_data(cfg.data_dir).train
+    ids, offsets, _ = data.train
     ids = np.asarray(ids).astype(np.int32)
     ends = offsets[1:] - (ids[offsets[1:] - 1] == cfg.eos)  # without their EOS
     return {ids[a:b].tobytes() for a, b in zip(offsets, ends)}
@@ -170,50 +287,50 @@ def share_new(rows, seen):
 def measure(name, budget, seed):
     """Everything that is measured of one run, as one row; kept beside the run."""
     run, plan = settings(name, budget, seed), BUDGETS[budget]
-    kept = Path(run["out"]) / "row.json"
-    key = dict(code=common.code_of(ROOT / f"{name}.py"), test=plan["test"], n=plan["n"],
-               frontier=plan["frontier"])
+    kept = Path(f"{run['out']}.row.json")
+    key = dict(code=code_of(name), test=plan["test"], n=plan["n"], frontier=plan["frontier"])
     if kept.exists():
         row = json.loads(kept.read_text())
         if row["key"] == json.loads(json.dumps(key)) and is_made(name, run) is True:
             return row
-    script, model, cfg = load(name, run)
-    out = Path(run["out"])
-    made = json.loads((out / "config.json").read_text())
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    script, model, cfg, data = load(name, run)
+    made, log = made_by(name, run), common.read_log(run["out"])
     steps = [row for row in log if row["kind"] == "train"]
     first = settings("ar", budget, plan["seeds"][0])
-    judge = None if (name, run["out"]) == ("ar", first["out"]) else load("ar", first)
-    seen = train_documents(script, cfg)
-    row = dict(kind="run", name=name, seed=seed, key=key, code=made["run"]["code"],
-               command=f"python {made['run']['command']}", parameters=made["run"]["parameters"],
+    judge = None if (name, run["out"]) == ("ar", first["out"]) else load_judge(
+        first["out"], next(model.parameters()).device, data)
+    seen, step_tokens = train_documents(data, cfg), budget_tokens(budget) // (
+        BUDGETS[budget]["run"]["steps"])
+    row = dict(kind="run", name=name, seed=seed, key=key, code=key["code"],
+               command=f"python {made['command']}", parameters=made["parameters"],
                config={k: v for k, v in made["config"].items() if k not in ("data_dir", "out")},
-               **{k: made["run"][k] for k in ("torch", "machine", "threads", "dtype")},
+               **{k: made[k] for k in ("torch", "machine", "threads", "dtype")},
                tokens=budget_tokens(budget), train_seconds=steps[-1]["seconds"])
-    row["curve"] = [[r["tokens"], r["nats_per_doc"], r["se"]] for r in log if r["kind"] == "val"]
-    with common.precision(next(model.parameters()).device, cfg.dtype)[0]:
-        row["test"] = script.evaluate(model, cfg, "test", plan["test"])
-        row["one_token"] = one_token(script, model, cfg, plan["n"] * 2)
-        # as the network is: the law that the likelihood is about, one token a call
-        own = dataclasses.replace(cfg, n=plan["n"])
-        row["own"], rows, _ = draw(script, model, own, plan["n"], judge, seen)
+    row["curve"] = [[r["step"] * step_tokens, r["nats_per_doc"], r["se"]] for r in log
+                    if r["kind"] == "val"]
+    with amp(model, cfg):
+        row["test"] = evaluate(script, model, cfg, data, plan["test"])
+        row["infill_accuracy"] = infill_accuracy(script, model, cfg, data, plan["n"] * 2)
+        own = ancestral(script, cfg)
+        row["ancestral"], rows, _ = draw(script, model, own, data, plan["n"], judge, seen)
         row["lengths"] = [len(r) for r in rows]
-        # as `sample` draws: few calls, low temperature
-        fast = sampling(script, own)
-        row["fast"], _, row["stories"] = draw(script, model, fast, plan["n"], judge, seen)
-        row["stories"] = row["stories"][:2]
+        default = default_sampler(script, cfg)
+        row["default"], _, stories = draw(script, model, default, data, plan["n"], judge, seen)
+        row["stories"] = stories[:2]
         row["frontier"], row["steps_bound"] = [], []
-        for calls in plan["frontier"] if seed == plan["seeds"][0] and name != "ar" else ():
-            some = dataclasses.replace(fast, sampling_steps=calls)
-            row["frontier"].append(draw(script, model, some, plan["n"], judge, seen)[0])
-            if hasattr(script, "nelbo_steps"):
-                x0 = script.get_eval_rows("test", cfg, plan["n"])[0]
+        for steps in plan["frontier"] if seed == plan["seeds"][0] and name != "ar" else ():
+            some = with_steps(script, default, steps)
+            row["frontier"].append(draw(script, model, some, data, plan["n"], judge, seen)[0])
+            bound = nelbo_steps if name == "mdlm" else getattr(script, "nelbo_steps", None)
+            if bound:
+                x0 = eval_rows(script, cfg, data, "test", plan["n"])[0]
                 x0 = x0.to(next(model.parameters()).device)
-                nats = script.nelbo_steps(model, x0, cfg, torch.Generator().manual_seed(0), calls)
+                mine = DecodingConfig(**dataclasses.asdict(cfg)) if name == "mdlm" else cfg
+                nats = bound(model, x0, mine, torch.Generator().manual_seed(0), steps)
                 nats = nats.cpu().double()
-                row["steps_bound"].append([calls, nats.mean().item(), common.se(nats)])
-    common.replace(kept, lambda p: p.write_text(json.dumps(row)))
-    print(f"{name} {seed}: test {common.report(row['test'])}", flush=True)
+                row["steps_bound"].append([steps, nats.mean().item(), se(nats)])
+    kept.write_text(json.dumps(row))
+    print(f"{name} {seed}: test {report(row['test'])}", flush=True)
     return row
 
 
@@ -221,38 +338,39 @@ def speed(budget, repeats=7):
     """Training steps and samples of all methods in turn, so that what else the machine does meets
     all alike: medians as one row."""
     plan, work, times = BUDGETS[budget], {}, {}
-    many = min(16, plan["n"])
+    n_batch = min(16, plan["n"])
     kept = Path(f"out/compare/{budget}/speed.json")
-    key = {name: common.code_of(ROOT / f"{name}.py") for name in IDEAS}
+    key = {name: code_of(name) for name in IDEAS}
     if kept.exists() and json.loads(kept.read_text())["key"] == key:
         return json.loads(kept.read_text())
     repeats = repeats if plan["test"] > 100 else 3
 
-    def step(script, model, cfg, optimizers, g):
-        x0 = script.get_batch("train", cfg, g).to(next(model.parameters()).device)
-        with common.precision(x0.device, cfg.dtype)[0]:
-            loss, _ = script.loss_fn(model, x0[:cfg.batch_size], cfg, g)
-        loss.item()  # a GPU is waited for
-        loss.backward()
+    def step(script, model, cfg, data, optimizers, g):
+        x0 = script.get_batch(data.train if is_small(script) else "train", cfg, g)
+        with amp(model, cfg):
+            nats = loss(script, model, cfg, x0.to(next(model.parameters()).device), g)
+        nats.item()  # a GPU is waited for
+        nats.backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
 
     def write(script, model, cfg, n):
-        with common.precision(next(model.parameters()).device, cfg.dtype)[0], torch.no_grad():
-            script.sample(model, cfg, n, torch.Generator().manual_seed(0))
+        with amp(model, cfg), torch.no_grad():
+            sample(script, model, cfg, n, torch.Generator().manual_seed(0))
 
     for name in IDEAS:
-        script, model, cfg = load(name, settings(name, budget, plan["seeds"][0]))
+        script, model, cfg, data = load(name, settings(name, budget, plan["seeds"][0]))
         model.requires_grad_(True)  # autocast keeps its casts of such weights from call to call
         learner = script.Model(cfg).to(next(model.parameters()).device)
         work[name, "train"] = functools.partial(
-            step, script, learner, cfg, script.make_optimizers(learner, cfg),
+            step, script, learner, cfg, data, script.make_optimizers(learner, cfg),
             torch.Generator().manual_seed(0))
-        for n in (1, many):
-            work[name, f"own_{n}"] = functools.partial(write, script, model, cfg, n)
-            work[name, f"fast_{n}"] = functools.partial(
-                write, script, model, sampling(script, cfg), n)
+        for n in (1, n_batch):
+            work[name, f"ancestral_{n}"] = functools.partial(
+                write, script, model, ancestral(script, cfg), n)
+            work[name, f"default_{n}"] = functools.partial(
+                write, script, model, default_sampler(script, cfg), n)
     for k in range(repeats):
         for job, call in work.items():
             if job[1] == "train" or k < 3:
@@ -261,11 +379,11 @@ def speed(budget, repeats=7):
                 times.setdefault(job, []).append(time.perf_counter() - clock)
     took = {job: sorted(t[1:])[(len(t) - 1) // 2] for job, t in times.items()}  # not the first
     cfg = config("ar", settings("ar", budget, 0))
-    row = dict(kind="speed", key=key, threads=torch.get_num_threads(), n=many,
+    row = dict(kind="speed", key=key, threads=torch.get_num_threads(), n=n_batch,
                train={name: cfg.batch_size * cfg.seq_len / took[name, "train"] for name in IDEAS},
-               **{part: {name: [took[name, f"{part}_{n}"] / n for n in (1, many)]
-                         for name in IDEAS} for part in ("own", "fast")})
-    common.replace(kept, lambda p: p.write_text(json.dumps(row)))
+               **{part: {name: [took[name, f"{part}_{n}"] / n for n in (1, n_batch)]
+                         for name in IDEAS} for part in ("ancestral", "default")})
+    kept.write_text(json.dumps(row))
     return row
 
 
@@ -296,13 +414,13 @@ class NGram:
             self.weights = (share / share.sum(1, keepdims=True)).mean(0)
 
     def split(self, rows):
-        """Charged tokens of rows, and before each the order - 1 tokens seen; V stands for BOS."""
+        """Scored tokens of rows, and before each the order - 1 tokens seen; V stands for BOS."""
         rows = np.asarray(rows)
-        charged = (rows == self.eos).cumsum(1) - (rows == self.eos) == 0  # the first EOS too
+        scored = (rows == self.eos).cumsum(1) - (rows == self.eos) == 0  # the first EOS too
         wide = np.pad(rows, ((0, 0), (self.order - 1, 0)), constant_values=self.V)
         context = np.stack([wide[:, j:j + rows.shape[1]] for j in range(self.order - 1)] +
                            [np.zeros_like(rows)], -1)
-        return context[charged][:, :-1], rows[charged]
+        return context[scored][:, :-1], rows[scored]
 
     def pack(self, context):
         """Contexts (n, j - 1) as one number each."""
@@ -329,8 +447,8 @@ class NGram:
         rows = np.asarray(rows)
         context, token = self.split(rows)
         nats = -np.log(self.parts(context, token) @ self.weights)
-        charged = (rows == self.eos).cumsum(1) - (rows == self.eos) == 0
-        return np.bincount(np.nonzero(charged)[0], nats, len(rows))
+        scored = (rows == self.eos).cumsum(1) - (rows == self.eos) == 0
+        return np.bincount(np.nonzero(scored)[0], nats, len(rows))
 
     def sample(self, n, T, g):
         """n rows of at most T tokens, EOS-filled: (n, T)."""
@@ -348,43 +466,41 @@ def baselines(budget):
     three in a row. The counts see as many documents as a run."""
     kept = Path(f"out/compare/{budget}/baselines.json")
     plan, first = BUDGETS[budget], settings("ar", budget, BUDGETS[budget]["seeds"][0])
-    key = dict(test=plan["test"], n=plan["n"], code=common.code_of(ROOT / "compare.py"))
+    key = dict(test=plan["test"], n=plan["n"], code=code_of("compare"))
     if kept.exists() and json.loads(kept.read_text())[0]["key"] == key:
         return json.loads(kept.read_text())
-    judge = script, _, cfg = load("ar", first)
-    x0, floor = script.get_eval_rows("test", cfg, plan["test"])
-    tokenizer = script.open_data(cfg.data_dir).tokenizer
-    lengths = [len(r) for r in common.tokens_of(script.get_eval_rows("val", cfg, 1000)[0], cfg)]
-    count = sum(len(r) + 1 for r in common.tokens_of(x0, cfg))
-    seen = train_documents(script, cfg)
+    script, model, cfg, data = load("ar", first)
+    judge = model, cfg, data.tokenizer
+    x0, true_nll = script.get_eval_rows(data.test, cfg, plan["test"])
+    lengths = [len(r) for r in tokens_of(script.get_eval_rows(data.val, cfg, 1000)[0], cfg)]
+    size = np.array([len(r) + 1 for r in tokens_of(x0, cfg)])
+    seen = train_documents(data, cfg)
 
     def row(name, idea, nats, x):
         nats = torch.as_tensor(nats).double()
         out = dict(kind="baseline", name=name, idea=idea, key=key, lengths=lengths, test=dict(
-            bound="exact", rows=len(x0), nats_per_doc=nats.mean().item(), se=common.se(nats),
-            floor_per_doc=floor.mean().item(), gap=(nats - floor).mean().item(),
-            gap_se=common.se(nats - floor), nats_per_token=nats.sum().item() / count))
+            bound="exact", rows=len(x0), nats_per_doc=nats.mean().item(), se=se(nats),
+            entropy_per_doc=true_nll.mean().item(), gap=(nats - true_nll).mean().item(),
+            gap_se=se(nats - true_nll), nats_per_token=nats.sum().item() / size.sum().item()))
         if x is not None:
-            texts = common.tokens_of(x, cfg)
-            out["own"] = dict(common.measure(x, cfg, tokenizer, judge),
-                              novel=share_new(texts, seen),
-                              length=sum(map(len, texts)) / len(texts))
-            out["stories"] = [tokenizer.decode(r) for r in texts[:2]]
+            rows = tokens_of(x, cfg)
+            out["ancestral"] = dict(measure_samples(x, cfg, data.tokenizer, judge),
+                                    novelty=share_new(rows, seen),
+                                    length=sum(map(len, rows)) / len(rows))
+            out["stories"] = [data.tokenizer.decode(r) for r in rows[:2]]
         return out
 
-    size = np.array([len(r) + 1 for r in common.tokens_of(x0, cfg)])
-    many = min(cfg.steps * cfg.batch_size * cfg.grad_accum,
-               len(script.open_data(cfg.data_dir).train[1]) - 1)
-    rows, others = script.take("train", cfg, np.arange(many)), script.get_eval_rows(
-        "val", cfg, 512)[0]
-    out = [row("real", "its grammar, read as a probability", floor, x0[:plan["n"]]),
+    num_rows = min(cfg.steps * cfg.batch_size * cfg.grad_accum, len(data.train[1]) - 1)
+    rows = train_rows(script, cfg, data, num_rows)
+    others = script.get_eval_rows(data.val, cfg, 512)[0]
+    out = [row("real", "its grammar, read as a probability", true_nll, x0[:plan["n"]]),
            row("uniform", "every token alike", size * math.log(cfg.vocab_size), None)]
     for name, order, idea in (("unigram", 1, "how often a token occurs"),
                               ("3-gram", 3, "the last two tokens, counted")):
         model = NGram(order, rows, others, cfg)
         x = model.sample(plan["n"], cfg.seq_len, torch.Generator().manual_seed(cfg.seed))
         out.append(row(name, idea, model.nll(x0), x))
-    common.replace(kept, lambda p: p.write_text(json.dumps(out)))
+    kept.write_text(json.dumps(out))
     return out
 
 
@@ -400,14 +516,14 @@ def means(rows):
             found += [row] if row is not None else []
         return sum(found) / len(found) if found else None
     first = rows[0]
-    parts = ("own", "fast") if first["kind"] == "run" else ("own",) if "own" in first else ()
-    marks = ("calls", "judge", "novel", "length", *MARKS)
+    parts = [part for part in ("ancestral", "default") if part in first]
+    metrics = ("nfe", "gen_nll", "novelty", "length", *METRICS)
     return dict(
         name=first["name"], seeds=len(rows), bound=first["test"]["bound"],
         test={k: mean("test", k) for k in first["test"] if k != "bound"},
         range=[f(row["test"]["nats_per_doc"] for row in rows) for f in (min, max)],
-        **{part: {k: mean(part, k) for k in marks if k in first[part]} for part in parts},
-        **{k: mean(k) for k in ("one_token", "train_seconds", "parameters") if k in first})
+        **{part: {k: mean(part, k) for k in metrics if k in first[part]} for part in parts},
+        **{k: mean(k) for k in ("infill_accuracy", "train_seconds", "parameters") if k in first})
 
 
 def cell(value, digits=2):
@@ -421,38 +537,38 @@ def text_of(path):
 
 def stale(rows):
     """A mark for results that an earlier version of the script made."""
-    return "†" if any(row["code"] != common.code_of(ROOT / f"{row['name']}.py")
+    return "†" if any(row["code"] != code_of(row["name"])
                       for row in rows if row["kind"] == "run") else ""
 
 
-def tables(results):
-    """The rows of a results file -> {name: Markdown}: `table`, the README's, and `details`."""
+def tables(results, root=""):
+    """The rows of a results file -> {name: Markdown}: `table`, `details`, `samples`. `root` leads
+    from the page to the repository."""
     groups = {}
     for row in results[1:-1]:
         groups.setdefault(row["name"], []).append(row)
-    speeds = results[-1]
-    known = {name: means(rows) for name, rows in groups.items()}
+    speeds, n = results[-1], results[-1]["n"]
+    all_means = {name: means(rows) for name, rows in groups.items()}
     lines = []
-    notebooks = {p.stem[3:]: p.stem[:2] for p in (ROOT / "notebooks").glob("*.ipynb")}
-    notebooks["real"] = notebooks.get("tales", "00")
-    for name, row in known.items():
-        sample = row.get("fast") or row.get("own") or {}
-        number = notebooks.get(name)
-        link = f"[{number}](notebooks/{number}_{'tales' if name == 'real' else name}.ipynb)"
+    notebooks = {p.stem[3:]: p.stem for p in (ROOT / "notebooks").glob("*.ipynb")}
+    notebooks["real"] = notebooks.get("tales", "00_tales")
+    for name, row in all_means.items():
+        best, page = row.get("default") or row.get("ancestral") or {}, notebooks.get(name)
         label = {"real": "*the corpus itself*"}.get(name, f"*{name}*")
         if name in IDEAS:
-            label = f"[`{name}.py`]({name}.py)"
+            label = f"[`{name}.py`]({root}{name}.py)"
         idea = IDEAS.get(name, groups[name][0].get("idea"))
         count = str(len(text_of(ROOT / f"{name}.py").splitlines())) if name in IDEAS else ""
         lines.append([label + stale(groups[name]), count, idea if name in IDEAS else f"*{idea}*",
                       {"exact": "exact", "upper": "upper bound"}[row["bound"]],
                       f"{SIGN[row['bound']]} {row['test']['nats_per_token']:.3f}",
-                      cell(sample.get("valid")), cell(sample.get("known")),
-                      cell(row.get("fast", {}).get("calls"), 0), link if number else ""])
-    table = markdown("script | lines | idea in eight words | likelihood | nats/token on tales | "
-                     "valid | known | calls | notebook", lines)
+                      cell(best.get("valid_stories")), cell(best.get("valid_sentences")),
+                      cell(row.get("default", {}).get("nfe"), 0),
+                      f"[{page[:2]}]({root}notebooks/{page}.ipynb)" if page else ""])
+    table = markdown("script | lines | idea | likelihood | nats/token on tales | "
+                     "valid-story rate | valid-sentence rate | NFE | notebook", lines)
     lines = []
-    for name, row in known.items():
+    for name, row in all_means.items():
         test, sign = row["test"], SIGN[row["bound"]]
         label = f"`{name}.py`" if name in IDEAS else f"*{name}*"
         spread = f" ({row['range'][0]:.1f} to {row['range'][1]:.1f})" if row["seeds"] > 1 else ""
@@ -460,29 +576,32 @@ def tables(results):
             label, str(row["seeds"]) if name in IDEAS else "",
             f"{sign} {test['nats_per_doc']:.1f} ± {test['se']:.1f}{spread}",
             "" if name == "real" else f"{sign} {test['gap']:.1f} ± {test['gap_se']:.1f} "
-            f"({test['gap'] / test['floor_per_doc']:+.0%})",
-            cell(row.get("one_token")), cell(row.get("parameters") and row["parameters"] / 1e6),
-            *([f"{1000 * speeds[p][name][k]:,.0f}" for p in ("own", "fast") for k in (0, 1)]
-              if name in IDEAS else [""] * 4)])
+            f"({test['gap'] / test['entropy_per_doc']:+.0%})",
+            cell(row.get("infill_accuracy")),
+            cell(row.get("parameters") and row["parameters"] / 1e6),
+            *([f"{1000 * speeds[p][name][k]:,.0f}" for p in ("ancestral", "default")
+               for k in (0, 1)] if name in IDEAS else [""] * 4)])
     details = markdown(
-        "method | seeds | nats per story | above the truth (paired) | one hidden token | "
-        "parameters, M | a story alone, ms | "
-        f"of {speeds['n']} | as `sample`: alone | of {speeds['n']}", lines)
+        "method | seeds | nats per story | gap to entropy | single-token infilling accuracy | "
+        f"parameters, M | latency at batch 1, ms per story | at batch {n} | "
+        f"default sampler: batch 1 | batch {n}", lines)
     lines = []
-    for name, row in known.items():
-        for part in ("own", "fast"):
-            marks = row.get(part)
-            if marks:
+    for name, row in all_means.items():
+        for part in ("ancestral", "default"):
+            best = row.get(part)
+            if best:
                 label = f"`{name}.py`" if name in IDEAS else f"*{name}*"
-                how = ("temperature 0.5" if name == "ar" else "as `sample` draws") \
-                    if part == "fast" else "as the network is" if name in IDEAS else ""
-                lines.append([label, how, cell(marks.get("calls"), 0), *(
-                    cell(marks.get(k)) for k in ("valid", "known", "agree")),
-                    cell(marks.get("nll_valid"), 1), cell(marks.get("entropy")),
-                    cell(marks.get("distinct_2")), cell(marks.get("judge")),
-                    cell(marks.get("novel")), cell(marks.get("length"), 0)])
-    samples = markdown("method | samples | calls | valid | known | agree | true nats of valid ones "
-                       "| entropy | distinct-2 | judge | new | tokens", lines)
+                how = ("temperature 0.5" if name == "ar" else "default sampler") \
+                    if part == "default" else "T=1, one token per step (ancestral)" \
+                    if name in IDEAS else ""
+                lines.append([label, how, cell(best.get("nfe"), 0), *(cell(best.get(k)) for k in (
+                    "valid_stories", "valid_sentences", "consistent")),
+                    cell(best.get("true_nll"), 1), *(cell(best.get(k)) for k in (
+                        "entropy", "distinct_2", "gen_nll", "novelty")),
+                    cell(best.get("length"), 0)])
+    samples = markdown("method | sampler | NFE | valid-story rate | valid-sentence rate | "
+                       "consistency rate | true NLL of valid samples | entropy | distinct-2 | "
+                       "generative NLL | novelty | tokens", lines)
     return dict(table=table, details=details, samples=samples)
 
 
@@ -513,15 +632,15 @@ def page(results):
            "documents, brackets are the least and most of the seeds.",
            "## Likelihood", parts["details"],
            "![bound against tokens](compare_bound.png)", "## Samples", parts["samples"],
-           "![quality against calls](compare_quality.png)", "![marks](compare_samples.png)",
+           "![quality against NFE](compare_quality.png)", "![metrics](compare_samples.png)",
            "![lengths](compare_length.png)", "![speed](compare_speed.png)",
            "## Two stories of each, as they came",
-           "The first two samples of the first seed, drawn as `sample` draws them (`ar.py` at "
+           "The first two samples of the first seed, of the default sampler (`ar.py` at "
            "temperature 0.5)."]
     for row in results[1:-1]:
         if row.get("stories") and row.get("seed", made["seeds"][0]) == made["seeds"][0]:
             label = f"`{row['name']}.py`" if row["name"] in IDEAS else row["name"]
-            how = f" (seed {row['seed']}, {row['fast']['calls']} calls)" if "seed" in row else ""
+            how = f" (seed {row['seed']}, NFE {row['default']['nfe']})" if "seed" in row else ""
             out += [f"**{label}**{how}"] + [f"> {' '.join(s.split())}" for s in row["stories"]]
     return "\n\n".join(out) + "\n"
 
@@ -566,13 +685,14 @@ def draw_figures(results, folder):
     save(figure, folder / "compare_bound.png")
 
     figure, panels = new_figure(3)
-    for axes, (mark, title) in zip(panels, (("valid", "share valid"), ("known", "known sentences"),
-                                            ("entropy", "entropy of words, nats"))):
+    for axes, (metric, title) in zip(panels, (
+            ("valid_stories", "valid-story rate"), ("valid_sentences", "valid-sentence rate"),
+            ("entropy", "entropy of words, nats"))):
         for name, (row, *_) in runs.items():
-            points = sorted((p["calls"], p[mark]) for p in [*row["frontier"], row["fast"]])
+            points = sorted((p["nfe"], p[metric]) for p in [*row["frontier"], row["default"]])
             axes.plot(*zip(*points), marker="o", ms=4, color=color[name], label=f"{name}.py")
-        axes.axhline(real["own"][mark], ls="--", color="black", label="test stories")
-        axes.set(xlabel="network calls", title=title, xscale="log")
+        axes.axhline(real["ancestral"][metric], ls="--", color="black", label="test stories")
+        axes.set(xlabel="NFE", title=title, xscale="log")
         axes.set_xticks((4, 8, 16, 32, 64, 128), (4, 8, 16, 32, 64, 128))
         axes.minorticks_off()
         axes.grid(alpha=0.3)
@@ -581,14 +701,14 @@ def draw_figures(results, folder):
 
     figure, panels = new_figure(3)
     kept = {name: means(rows) for name, rows in runs.items()}
-    for axes, mark, title in zip(panels, ("valid", "agree", "nll_valid"), (
-            "share valid", "sentences that agree", "true nats of valid stories")):
-        for part, shift, hatch in (("own", -0.2, ""), ("fast", 0.2, "//")):
+    for axes, metric, title in zip(panels, ("valid_stories", "consistent", "true_nll"), (
+            "valid-story rate", "consistency rate", "true NLL of valid samples, nats")):
+        for part, shift, hatch in (("ancestral", -0.2, ""), ("default", 0.2, "//")):
             axes.bar([i + shift for i in range(len(kept))],
-                     [row[part].get(mark) or 0 for row in kept.values()], 0.38, hatch=hatch,
+                     [row[part].get(metric) or 0 for row in kept.values()], 0.38, hatch=hatch,
                      color=[color[name] for name in kept], edgecolor="white",
-                     label="as the network is" if part == "own" else "as sample draws")
-        axes.axhline(real["own"][mark], ls="--", color="black", label="test stories")
+                     label="T=1, ancestral" if part == "ancestral" else "default sampler")
+        axes.axhline(real["ancestral"][metric], ls="--", color="black", label="test stories")
         axes.set_xticks(range(len(kept)), kept, rotation=40, ha="right", fontsize=7)
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3, axis="y")
@@ -601,7 +721,7 @@ def draw_figures(results, folder):
     for name, rows in runs.items():
         axes.hist(sum((row["lengths"] for row in rows), []), bins, density=True, histtype="step",
                   color=color[name], label=f"{name}.py")
-    axes.set(xlabel="tokens of a story", ylabel="density", title="Lengths, as the network is")
+    axes.set(xlabel="tokens of a story", ylabel="density", title="Lengths at T=1, ancestral")
     axes.legend(fontsize=7)
     save(figure, folder / "compare_length.png")
 
@@ -610,10 +730,10 @@ def draw_figures(results, folder):
     panels[0].bar(at, [speeds["train"][name] for name in kept], color=[color[n] for n in kept])
     panels[0].set_title("training, tokens a second, in turns", fontsize=10)
     for k, (axes, n) in enumerate(zip(panels[1:], (1, speeds["n"]))):
-        for part, shift, hatch in (("own", -0.2, ""), ("fast", 0.2, "//")):
+        for part, shift, hatch in (("ancestral", -0.2, ""), ("default", 0.2, "//")):
             axes.bar([i + shift for i in at], [speeds[part][name][k] for name in kept], 0.38,
                      hatch=hatch, color=[color[name] for name in kept], edgecolor="white",
-                     label="as the network is" if part == "own" else "as sample draws")
+                     label="T=1, ancestral" if part == "ancestral" else "default sampler")
         axes.set_title(f"seconds for a story, {n} at a time", fontsize=10)
     panels[2].legend(fontsize=7, loc="upper left")
     for axes in panels:
@@ -624,7 +744,7 @@ def draw_figures(results, folder):
 
 def save(figure, path):
     """Write a figure as PNG, whole or not at all."""
-    common.replace(path, lambda p: figure.savefig(p, format="png"))
+    common.replace(path, lambda file: figure.savefig(file, format="png"))
 
 
 # ------------------------------------------------------------------------------------------- film
@@ -638,19 +758,18 @@ def shoot(budget):
         if is_made(name, run) is not True:
             raise UserError(f"no run of {name}.py to film: `python compare.py --budget {budget}` "
                             "first")
-        script, model, cfg = load(name, run)
-        tokenizer, trace = script.open_data(cfg.data_dir).tokenizer, []
-        cfg = script.fast(cfg) if hasattr(script, "fast") else cfg
-        g = torch.Generator().manual_seed(cfg.seed)
-        with common.precision(next(model.parameters()).device, cfg.dtype)[0]:
-            script.sample(model, cfg, 1, g, trace=trace)
-        frames, now = [], {}
-        for call, ids, *_ in [(0, torch.full((1, cfg.seq_len), -1)), *trace]:
+        script, model, cfg, data = load(name, run)
+        if name != "ar":
+            cfg = default_sampler(script, cfg)
+        frames, now, seen = [], {}, []
+        with amp(model, cfg):
+            sample(script, model, cfg, 1, torch.Generator().manual_seed(cfg.seed), frames=seen)
+        for nfe, ids in [(0, [-1] * cfg.seq_len), *seen]:
             texts = {i: None if not 0 <= t < cfg.vocab_size else "" if t == cfg.eos else
-                     tokenizer.decode([t]) for i, t in enumerate(ids[0].tolist())}
-            frames.append([call, {i: t for i, t in texts.items() if now.get(i) != t}])
+                     data.tokenizer.decode([t]) for i, t in enumerate(ids)}
+            frames.append([nfe, {i: t for i, t in texts.items() if now.get(i) != t}])
             now = texts
-        told = f"{frames[-1][0]} calls, temperature {cfg.temperature:g}"
+        told = f"NFE {frames[-1][0]}, temperature {cfg.temperature:g}"
         out.append(dict(name=f"{name}.py", idea=idea, settings=told, calls=frames[-1][0],
                         length=cfg.seq_len, frames=frames))
     steps = BUDGETS[budget]["run"]["steps"]
@@ -659,17 +778,17 @@ def shoot(budget):
 
 
 def moments(film, width=100, count=5):
-    """The film as text: all methods after the same share of their calls, a line each."""
+    """The film as text: all methods after the same share of their steps, a line each."""
     blocks = []
     for k in range(1, count + 1):
-        lines = [f"after {100 * k // count} % of the calls"]
+        lines = [f"after {100 * k // count} % of the steps"]
         for method in film["methods"]:
             now = [None] * method["length"]
             for call, changes in method["frames"]:
                 if call <= method["calls"] * k / count:
                     for i, text in changes.items():
                         now[int(i)] = text
-            line = " ".join("".join(common.MASK_GLYPH if t is None else t for t in now).split())
+            line = " ".join("".join("░" if t is None else t for t in now).split())
             line = line if len(line) <= width - 20 else line[:width - 24] + " ..."
             lines.append(f"{method['name']:>19} {line}")
         blocks.append("\n".join(lines))
@@ -681,8 +800,8 @@ def make_film(budget, folder):
     film = shoot(budget)
     page = (ROOT / "results/film_template.html").read_text("utf-8")
     data = json.dumps(film, ensure_ascii=False).replace("<", "\\u003c")
-    common.replace(folder / "film.html", lambda p: p.write_text(
-        page.replace("/*FILM*/null", data), "utf-8"))
+    common.replace(folder / "film.html", lambda file: file.write(
+        page.replace("/*FILM*/null", data).encode()))
     print(moments(film))
     print(f"\n{folder / 'film.html'}: open it in a browser")
 
@@ -700,7 +819,8 @@ def folder_of(budget):
 
 
 def publish(budget, command):
-    """Write compare.jsonl, compare.md, the figures and, for the standard budget, the README."""
+    """Write compare.jsonl, compare.md, the figures and, for the standard budget, the tables of
+    README.md and results/README.md."""
     plan, folder = BUDGETS[budget], folder_of(budget)
     if command == "table":
         path = folder / "compare.jsonl"
@@ -715,15 +835,15 @@ def publish(budget, command):
                     config=plan["run"], test=plan["test"], n=plan["n"],
                     **{k: rows[0][k] for k in ("torch", "machine", "threads", "dtype")})
         results = [made, *baselines(budget), *rows, speed(budget)]
-        common.replace(folder / "compare.jsonl", lambda p: p.write_text(
-            "".join(json.dumps(row) + "\n" for row in results), "utf-8"))
+        common.replace(folder / "compare.jsonl", lambda file: file.writelines(
+            (json.dumps(row) + "\n").encode() for row in results))
     draw_figures(results, folder)
-    common.replace(folder / "compare.md", lambda p: p.write_text(page(results), "utf-8"))
+    common.replace(folder / "compare.md", lambda file: file.write(page(results).encode()))
     parts = tables(results)
-    if budget == "standard":
-        readme = ROOT / "README.md"
-        common.replace(readme, lambda p: p.write_text(
-            insert(readme.read_text("utf-8"), parts), "utf-8"))
+    for readme, root in ((ROOT / "README.md", ""), (ROOT / "results/README.md", "../")):
+        if budget == "standard":
+            text = insert(readme.read_text("utf-8"), tables(results, root))
+            common.replace(readme, lambda file: file.write(text.encode()))
     print(f"\n{parts['table']}\n\n{parts['details']}\n\n{parts['samples']}\n\n"
           f"{folder}: compare.jsonl, compare.md and five figures")
 

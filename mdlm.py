@@ -143,11 +143,10 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         q, k = (rotate(F.rms_norm(y, y.shape[-1:]), positions) for y in (q, k))  # (B, H, T, D)
-        if x.device.type != "cpu":
+        if x.device.type == "cpu":  # written out: the fused kernel is slow there, see LOG.md
+            y = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(-1).to(v.dtype) @ v
+        else:
             y = F.scaled_dot_product_attention(q, k, v)  # every position sees every other
-        else:  # PyTorch's fused kernel is slow on a CPU, see LOG.md
-            scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5  # (B, H, T, T)
-            y = scores.softmax(-1).to(v.dtype) @ v
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -173,9 +172,8 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Bidirectional transformer: ids (B, T) in 0..V, where V is the mask -> logits (B, T, V), or
-    (n, V) for a boolean `is_target` (B, T) that names the n positions whose logits are wanted. It
-    is not told the time: it can count the masks itself."""
+    """Bidirectional transformer: ids (B, T) in 0..V, where V is the mask M -> logits (B, T, V), or
+    (n, V) at the n positions of a boolean `is_target` (B, T). It counts masks and needs no time."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -222,9 +220,8 @@ def mask_tokens(x0, n, cfg, g, is_given=None):
 
 
 def corrupt(x0, cfg, g):
-    """The forward process: xt and the weight of each token in the loss, both (B, T). (E1) masks n ~
-    Binomial(T, gamma) tokens; with its weight and t uniform that is n uniform on 1..T (E4). Over a
-    batch n is evenly spread (low-discrepancy)."""
+    """The forward process: xt and each token's weight in the loss, both (B, T). (E1) with t uniform
+    and the weight of (E3) equals n masks, n uniform on 1..T (E4); low-discrepancy in a batch."""
     B, T = x0.shape
     t = (torch.arange(B) / B + torch.rand(1, generator=g)) % 1
     n = 1 + (t * T).floor().long().clamp(max=T - 1)  # (B,)
@@ -276,7 +273,9 @@ ORDERS = {  # log p (n, V) of the masked positions, their columns (n,) -> score;
 def filter_logits(logits, cfg):
     """Temperature, then top-k, then top-p: logits (n, V) with -inf at what is cut. Top-k keeps
     ties; top-p keeps the smallest set that holds top_p, at least one token."""
-    logits = logits / max(cfg.temperature, 1e-6)
+    if cfg.temperature == 0:
+        return torch.full_like(logits, -torch.inf).scatter(1, logits.argmax(1, True), 0.0)
+    logits = logits / cfg.temperature
     if 0 < cfg.top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(cfg.top_k).values[:, -1:], -torch.inf)
     if cfg.top_p < 1:
@@ -366,8 +365,7 @@ def make_optimizers(model, cfg):
 def evaluate(model, data, cfg, split="val", n=128):
     """The bound for the first n rows of a split, as a row of the log."""
     x0, true_nll = get_eval_rows(getattr(data, split), cfg, n)
-    g = torch.Generator().manual_seed(0)
-    nats = nelbo(model, x0.to(model.head.weight.device), cfg, g)
+    nats = nelbo(model, x0.to(model.head.weight.device), cfg, torch.Generator().manual_seed(0))
     return likelihood(nats, x0, true_nll, data.tokenizer, cfg, "upper")
 
 
@@ -394,13 +392,13 @@ def train(cfg, Model=Model, corrupt=corrupt, sample=sample):
             x0 = get_batch(data.train, cfg, g).to(run.device)
             xt, weight = corrupt(x0, cfg, g)
             total = torch.zeros((), device=run.device)
-            parts = torch.arange(len(x0)).tensor_split(cfg.grad_accum * run.world)
-            for rows in parts[run.rank::run.world]:
+            micro_batches = torch.arange(len(x0)).tensor_split(cfg.grad_accum * run.world)
+            for i in micro_batches[run.rank::run.world]:
                 with run.amp:
-                    loss = loss_fn(model, x0[rows], xt[rows], weight[rows])
+                    loss = loss_fn(model, x0[i], xt[i], weight[i])
                 loss.backward()
                 total += loss.detach()
-            run.sum([total] + [p.grad for p in model.parameters()])
+            run.all_reduce([total] + [p.grad for p in model.parameters()])
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
             if not math.isfinite(total.item() + norm):
                 raise common.UserError(f"loss {total}, gradient {norm} at step {step}: lower --lr")
@@ -425,12 +423,13 @@ def train(cfg, Model=Model, corrupt=corrupt, sample=sample):
 
 # ---- 7. main -----------------------------------------------------------------------------------
 def main(argv, Config=Config, Model=Model, corrupt=corrupt, sample=sample):
-    """train (default), sample or eval."""
+    """train (default), sample or eval. lab/ passes variants of the last arguments."""
     command, cfg = common.parse(Config, PRESETS, argv)
     if command == "train":
         return train(cfg, Model, corrupt, sample)
-    run, data = common.Run(cfg), load_data(cfg) if command == "eval" else None
-    model, tokenizer = common.load_model(Model, cfg, run.device, data and data.tokenizer)
+    run = common.Run(cfg)
+    data = load_data(cfg) if command == "eval" else None
+    model, tokenizer = common.load_model(Model, cfg, run.device, data)
     if command == "eval":
         with run.amp:
             run.say(f"test: {report(evaluate(model, data, cfg, 'test', 500))}")

@@ -840,7 +840,9 @@ def load_data(cfg, quiet=False):
     tok, meta = load_tokenizer(folder), json.loads((folder / "meta.json").read_text())
     if cfg.vocab_size != tok.vocab_size:
         natural_vocab(cfg.tokenizer, cfg.vocab_size)
-    cfg.vocab_size, cfg.eos, cfg.bos = tok.vocab_size, tok.eos, tok.bos
+    for name in ("vocab_size", "eos", "bos"):
+        if hasattr(cfg, name):
+            setattr(cfg, name, getattr(tok, name))
     if cfg.rows == "auto":
         cfg.rows = "docs" if cfg.data == "tales" else "stream"
     data = Data(tok, *(open_split(folder, split) for split in SPLITS),

@@ -30,8 +30,9 @@ class Penalized:
         self.used = torch.zeros(n, cfg.vocab_size, dtype=torch.bool)
 
     def __call__(self, idx, kv_cache):
-        logits, bos = self.model(idx, kv_cache=kv_cache), not self.used.any()
-        self.used = self.used.to(idx.device).scatter(1, idx[:, int(bos):], True)
+        bos = int(not kv_cache[0])  # the first input begins with BOS, which is no token of the row
+        logits = self.model(idx, kv_cache=kv_cache)
+        self.used = self.used.to(idx.device).scatter(1, idx[:, bos:], True)
         last = logits[:, -1]
         lower = torch.where(last > 0, last / self.penalty, last * self.penalty)
         return torch.where(self.used, lower, last)[:, None]
@@ -68,7 +69,7 @@ def main(argv):
     if command != "eval":
         return ar.main(argv, Config, sample)
     run, data = common.Run(cfg), load_data(cfg)
-    model, _ = common.load_model(ar.Model, cfg, run.device, data.tokenizer)
+    model, _ = common.load_model(ar.Model, cfg, run.device, data)
     x0, _ = ar.get_eval_rows(data.test, cfg, cfg.num_samples)
     g, right = torch.Generator().manual_seed(cfg.seed), []
     for row, tokens in zip(x0.to(run.device), tokens_of(x0, cfg)):

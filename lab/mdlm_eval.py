@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import tyro
 
@@ -97,13 +96,8 @@ def evaluate_all(run, model, tokenizer, data, cfg, opt):
                     options=dataclasses.asdict(opt), torch=torch.__version__, dtype=run.dtype,
                     machine=common.machine(run.device), threads=torch.get_num_threads()))
     g = torch.Generator().manual_seed(cfg.seed)
-    # 1. without a model: every token alike, or as often as in the training rows
-    num_rows = len(data.train[1]) - 1 if cfg.rows == "docs" else len(data.train[0]) // cfg.seq_len
-    index = np.arange(min(4000, num_rows)) * (1 if cfg.rows == "docs" else cfg.seq_len)
-    counts = mdlm.get_rows(data.train, cfg, index).flatten().bincount(minlength=cfg.vocab_size) + 1
-    val = mdlm.get_eval_rows(data.val, cfg, opt.rows)[0]
-    say("baseline", uniform=math.log(cfg.vocab_size),
-        unigram=-(counts / counts.sum()).log()[val].mean().item())
+    # 1. without a model, nats per token
+    say("baseline", uniform=math.log(cfg.vocab_size), unigram_entropy=data.unigram_entropy)
     # 2. bounds
     row = mdlm.evaluate(model, data, cfg, "test", opt.rows)
     log.append(dict(kind="test", **row))
@@ -134,7 +128,7 @@ def evaluate_all(run, model, tokenizer, data, cfg, opt):
             unigram=(x0[:n][mask[:n]] == commonest).float().mean().item(),
             nats_per_token=(bound.sum() / mask.sum().cpu()).item())
     # 5. samples
-    judge = load_judge(opt.judge, run.device, tokenizer)
+    judge = load_judge(opt.judge, run.device, data)
     if not judge:
         run.say(f"no generative NLL: there is no run of ar.py in {opt.judge} (--judge)")
     real = measure(x0[:n], cfg, tokenizer, judge)  # as many: diversity depends on it
@@ -163,7 +157,7 @@ def main(argv):
         if getattr(opt, name) is not None:
             setattr(cfg, name, getattr(opt, name))
     run, data = common.Run(cfg), load_data(cfg)
-    model, tokenizer = common.load_model(Model, cfg, run.device, data.tokenizer)
+    model, tokenizer = common.load_model(Model, cfg, run.device, data)
     with run.amp:
         evaluate_all(run, model, tokenizer, data, cfg, opt)
 

@@ -33,13 +33,13 @@ def text_metrics(rows):
     return out | dict(repetition=sum(pairs) / max(1, len(pairs)))
 
 
-def load_judge(out, device, tokenizer=None):
+def load_judge(out, device, data=None):
     """The run of ar.py in the folder `out` as (model, Config, tokenizer), or None if there is none.
-    Its tokenizer must be that of the samples."""
+    Its tokenizer must be that of `data`."""
     if not (Path(out) / "model.safetensors").exists():
         return None
     cfg = common.load_config(ar.Config, out)
-    model, stored = common.load_model(ar.Model, cfg, device, tokenizer)
+    model, stored = common.load_model(ar.Model, cfg, device, data)
     return model.requires_grad_(False), cfg, stored
 
 
