@@ -1,0 +1,764 @@
+"""The command line, runs and faults of the scripts on common.py: every flag, one sentence a
+mistake, and nothing lost when a run is stopped, killed or out of disk. Tiny models, a tiny text."""
+import dataclasses
+import errno
+import inspect
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from matplotlib import image
+from safetensors.torch import load_file
+
+import ar
+import common
+import mdlm
+from data import files, prepare, units
+from harness import ROOT, Fork, small_text
+
+SCRIPTS = dict(ar=ar, mdlm=mdlm)
+each = pytest.mark.parametrize("name", SCRIPTS)
+posix = pytest.mark.skipif(os.name == "nt", reason="processes and signals of POSIX")
+FLAGS = ("--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --seq-len 32 --batch-size 4 --steps 8 "
+         "--warmup 2 --eval-every 2 --device cpu --dtype float32").split()
+STEPS = 8
+FILES = {"log.jsonl", "model.safetensors", "state.pt", "samples.txt", "loss.png"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with two texts and their cache."""
+    home = tmp_path_factory.mktemp("home")
+    for seed, file in enumerate(("small.txt", "other.txt")):
+        small_text(home / file, seed=seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TEXT_DIFFUSION_CACHE", str(home / "cache"))
+        for file in ("small.txt", "other.txt"):
+            prepare.prepare(str(home / file), "byte", quiet=True)
+        yield home
+
+
+@pytest.fixture(scope="module")
+def fork(home):
+    fork = Fork(home)
+    yield fork
+    fork.close()
+
+
+@pytest.fixture(scope="module")
+def straight(home, fork):
+    """The folder of an undisturbed run of each script, in folders of their names."""
+    for name, script in SCRIPTS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            argv = [*map(str, line(home, home / name))]
+            patch.setattr(sys, "argv", [f"{name}.py", *argv])
+            script.main(argv)
+        code, err = fork(name, line(home, home / "counted" / name), "count_events",
+                         str(home / f"{name}.events"))
+        assert code == 0, err
+    return home
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """cli(name, *flags) -> exit code, stdout, stderr: the command line without a new process."""
+    def call(name, *argv):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
+        capsys.readouterr()
+        try:
+            common.run_main(SCRIPTS[name].main)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+    return call
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Leave out what takes time and changes nothing: samples and the figure."""
+    monkeypatch.setattr(common, "show_samples", lambda *_: None)
+    monkeypatch.setattr(common, "plot_loss", lambda *_: None)
+
+
+def line(home, out, *more):
+    """The command line of a training."""
+    return ["--data", home / "small.txt", *FLAGS, "--out", out, *more]
+
+
+def config(name, home, out, **changes):
+    flags = dict(zip(FLAGS[::2], FLAGS[1::2]))
+    values = {k[2:].replace("-", "_"): int(v) if v.isdigit() else v for k, v in flags.items()}
+    return SCRIPTS[name].Config(**{**values, "data": str(home / "small.txt"), "out": str(out),
+                                   **changes})
+
+
+def log(out, kind):
+    return [row for row in common.read_log(out) if row["kind"] == kind]
+
+
+def losses(out):
+    return [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in log(out, "train")]
+
+
+def state(out):
+    return torch.load(out / "state.pt", weights_only=True)
+
+
+def same(a, b):
+    """Two state dictionaries, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def assert_as_if_undisturbed(out, other):
+    """Losses, evaluations and weights of the undisturbed run, no row twice, nothing half-written."""
+    assert losses(out) == losses(other) and len(losses(out)) >= STEPS
+    assert log(out, "val") == log(other, "val")
+    assert same(load_file(out / "model.safetensors"), load_file(other / "model.safetensors"))
+    assert all(same(a, b) for a, b in zip(state(out)["parts"][:2], state(other)["parts"][:2]))
+    assert not [*out.glob("*.tmp")]
+
+
+def one_sentence(code, err):
+    """The one sentence that a mistake ends in; progress and notes may stand before it."""
+    assert code == 2 and "Traceback" not in err, (code, err)
+    last = err.strip("\n").replace("\r", "\n").split("\n")[-1]
+    assert last.startswith("error: ") and err.count("error: ") == 1 and "  " not in last, err
+    return last
+
+
+# ---- flags ---------------------------------------------------------------------------------------
+
+@each
+def test_help_shows_every_field_with_its_help_text(name, straight, cli):
+    for argv in (["--help"], ["sample", "--out", straight / name, "--help"]):
+        code, out, err = cli(name, *argv)
+        shown = " ".join(re.sub("[│╭╮╰╯─]", " ", out).split())
+        assert code == 0 and err == "" and " ".join(SCRIPTS[name].__doc__.split()[:8]) in shown
+        for field in dataclasses.fields(SCRIPTS[name].Config):
+            assert re.search(rf"--{field.name.replace('_', '-')}[ ,]", shown), field.name
+        source = inspect.getsource(SCRIPTS[name].Config)
+        for text in re.findall(r"^    \w+: .*?  # (.*)$", source, re.M):
+            assert " ".join(text.split()) in shown
+
+
+@each
+def test_presets_choose_defaults_and_flags_win_in_both_spellings(name):
+    script = SCRIPTS[name]
+
+    def parse(text):
+        return common.parse(script.Config, script.PRESETS, text.split())[1]
+    assert parse("") == parse("--preset tiny") == script.Config()
+    small = parse("--preset small")
+    assert {**script.PRESETS["small"], "preset": "small"}.items() <= vars(small).items()
+    assert parse("--preset=small") == small and small.n_layer == 8
+    for text in ("--preset small --n-layer 3", "--n_layer 3 --preset small", "train --preset=small "
+                 "--n_layer=3"):
+        assert parse(text) == dataclasses.replace(small, n_layer=3)
+    for field in dataclasses.fields(script.Config):
+        value = field.default
+        if field.name == "resume":  # needs a checkpoint
+            continue
+        if field.type is bool:
+            argv, wanted = f"--{field.name}", True
+        elif field.type in (int, float):
+            wanted = value + 1 if value != 0.99 and field.name != "top_p" else 0.5
+            wanted = 200 if field.name == "n_embd" else 2 if field.name == "n_head" else wanted
+            argv = f"--{field.name.replace('_', '-')} {wanted}"
+        else:
+            argv, wanted = f"--{field.name} {value}" if value else "", value
+        assert getattr(parse(argv), field.name) == wanted
+
+
+# ---- sample and eval -----------------------------------------------------------------------------
+
+@each
+def test_sample_follows_its_flags(name, straight, cli):
+    out = straight / name
+    code, said, err = cli(name, "sample", "--out", out, "--prompt", "the cat", "--num-samples", 3,
+                          "--temperature", "0.7", "--top-k", 9, "--top-p", "0.9", "--trace")
+    assert code == 0 and err == "" and "░" in said and "num_samples 3, nfe " in said
+    texts = (out / "samples.txt").read_text("utf-8").removesuffix("\n").split("\n<|endoftext|>\n")
+    assert len(texts) == 3 and all(text.startswith("the cat") and text in said for text in texts)
+
+    def drawn(*argv):
+        assert cli(name, "sample", "--out", out, "--num-samples", 2, *argv)[0] == 0
+        return (out / "samples.txt").read_bytes()
+    assert drawn("--temperature", 0) == drawn("--top-k", 1) != drawn("--temperature", 1)
+    assert drawn() == drawn() != drawn("--seed", 3)
+
+
+def test_num_steps_is_the_number_of_network_evaluations(straight, cli):
+    _, said, _ = cli("mdlm", "sample", "--out", straight / "mdlm", "--num-steps", 4, "--trace")
+    assert re.findall(r"^ +(\d+)  ", said, re.M) == ["1", "2", "3", "4"] and "nfe 4," in said
+
+
+@each
+def test_eval_prints_the_test_likelihood_and_samples(name, straight, cli):
+    before = contents(straight / name)
+    code, said, err = cli(name, "eval", "--out", straight / name)
+    sign = dict(ar="=", mdlm="<=")[name]
+    assert code == 0 and err == ""
+    assert re.search(rf"test: {sign} \d\.\d+ nats/token \(perplexity \d", said) and "nfe" in said
+    after = contents(straight / name)
+    assert {k for k in before if before[k] != after[k]} <= {"samples.txt"}
+
+
+def test_infilling_keeps_the_given_text(straight, cli):
+    out = straight / "mdlm"
+    code, _, err = cli("mdlm", "sample", "--out", out, "--infill", "the ___3 saw a___4",
+                       "--num-samples", 2)
+    assert code == 0, err
+    for text in (out / "samples.txt").read_bytes().split(b"\n<|endoftext|>\n"):
+        assert text.startswith(b"the") and b" saw a" in text
+
+
+class Letters:
+    """A tokenizer whose tokens are letters: 'a' is 0, 'z' 25, ' ' 26."""
+    encode_infill = prepare.Tokenizer.encode_infill
+
+    def encode(self, text):
+        return ["abcdefghijklmnopqrstuvwxyz ".index(c) for c in text]
+
+
+@pytest.mark.parametrize("infill, rows, want", [
+    ("a ___ c", "docs", "a# c.........."), ("a ___3 c", "docs", "a### c........"),
+    ("___ c", "docs", "# c..........."), ("a  ___b ___2c", "docs", "a#b##c........"),
+    ("ab ___", "docs", "ab############"), ("ab ___2", "docs", "ab##.........."),
+    ("a ___10 c", "docs", "a########## c."), ("a ___3 c", "stream", "a### c"),
+    ("a ___", "stream", "a#############"), ("", "docs", "##############")])
+def test_a_text_with_holes_becomes_a_canvas(infill, rows, want):
+    """A hole takes the spaces before it; a number is its size; a text that ends in ___ is open."""
+    cfg = SimpleNamespace(vocab_size=30, seq_len=14, eos=29, rows=rows, prompt="", infill=infill)
+    canvas = common.encode_canvas(Letters(), cfg, 5)
+    assert canvas.shape == (5, len(want)) and torch.equal(canvas[0], canvas[4])
+    assert "".join("abcdefghijklmnopqrstuvwxyz ??.#"[i] for i in canvas[0].tolist()) == want
+
+
+# ---- mistakes ------------------------------------------------------------------------------------
+
+@each
+@pytest.mark.parametrize("flags, sentence", [
+    ("--no-such-flag", "Unrecognized options: --no-such-flag"),
+    ("--bach-size 3", "Perhaps you meant: --batch-size"), ("--n 3", "--n"),
+    ("--sampling-steps 3", "Unrecognized options: --sampling-steps"),
+    ("frobnicate", "unknown command 'frobnicate': choose train, sample or eval"),
+    ("--steps abc", "invalid literal"), ("--steps", "Missing value for argument '--steps'"),
+    ("--preset huge", "huge"), ("--device tpu", "tpu"), ("--rows x", "docs"), ("--dtype half", "half"),
+    ("--log y", "tensorboard"), ("--split x", "lines"),
+    ("--batch-size 0", "--batch-size is 0, it must be at least 1"),
+    ("--warmup 0", "--warmup is 0, it must be at least 1"),
+    ("--lr nan", "--lr is nan, it must be at least 0"),
+    ("--top-p 1.5", "--top-p 1.5 must be at most 1"), ("--ema 1", "--ema 1.0 less than 1"),
+    ("--seed 1" + "0" * 30, "less than 2^31"), ("--top-k -1", "--top-k is -1"),
+    ("--batch-size 0 --seq-len 0 --n-embd 30 --lr -1", "--seq-len is 0, it must be at least 1 and "
+     "less than 2^31; --batch-size is 0"),
+    ("--n-embd 30", "--n-embd 30 must be a multiple of 2 x n_head = 4"),
+    ("--tokenizer words", "unknown tokenizer 'words': choose bpe, gpt2, byte, char or hf:NAME"),
+    ("--vocab-size 300 --tokenizer byte", "--vocab-size 300 does not suit the tokenizer byte"),
+    ("--data no-such-file.txt", "neither a file or folder nor one of the names tales"),
+    ("--data {empty}", "is empty: give a source that has text"),
+    ("--data {latin}", "is not UTF-8 at byte 1: convert it"),
+    ("--data {short}", "than --seq-len 32: use a smaller --seq-len or more text"),
+    ("--data {short} --seq-len 8", "the val split has 6 tokens, fewer than --seq-len"),
+    ("--data tales --split lines", "--split lines is for .txt files"),
+], ids=lambda text: text[:24])
+def test_a_mistake_is_one_sentence_exit_code_2_and_no_folder(name, flags, sentence, home, cli,
+                                                             tmp_path):
+    texts = {key: tmp_path / f"{key}.txt" for key in ("empty", "latin", "short")}
+    texts["empty"].write_text("")
+    texts["latin"].write_bytes("d\u00e9j\u00e0 vu. ".encode("latin1") * 50)
+    texts["short"].write_text("<|endoftext|>".join(["one two", "three four", "five six", "seven"]))
+    flags, out = flags.format(**texts).split(), tmp_path / "run"
+    argv = flags if flags[0] == "frobnicate" else [*line(home, out), *flags]
+    code, _, err = cli(name, *argv)
+    assert sentence in one_sentence(code, err) and not out.exists()
+
+
+@each
+@pytest.mark.parametrize("flags, sentence", [
+    ("sample --prompt " + "x" * 40, "the given text has 40 tokens, a row has room for 31"),
+    ("sample --n-layer 2", "--n-layer is 2, the checkpoint has 1"),
+    ("eval --seq-len 16", "--seq-len is 16, the checkpoint has 32"),
+    ("--resume --n-embd 64 --rows docs",
+     "--rows is docs, the checkpoint has stream; --n-embd is 64, the checkpoint has 32"),
+    ("--resume --preset small", "--preset is small, the checkpoint has tiny"),
+    ("eval --tokenizer char --vocab-size 0", "the checkpoint has 257"),
+    ("sample --num-samples 0", "--num-samples is 0, it must be at least 1"),
+    ("sample --temperature nan", "--temperature is nan, it must be at least 0"),
+    ("eval --data no-such-file.txt", "neither a file or folder nor one of the names"),
+    ("sample --prompt a --infill a___", {"ar": "infill", "mdlm": "begin --infill with that"}),
+    ("sample --infill x", {"ar": "infill", "mdlm": "--infill needs a hole, ___"}),
+    ("sample --infill ___99", {"ar": "infill", "mdlm": "has 99 tokens, a row has room for 31"}),
+], ids=lambda text: text[:24] if isinstance(text, str) else "")
+def test_a_mistake_with_a_finished_run_leaves_it_alone(name, flags, sentence, straight, cli):
+    before = contents(straight / name)
+    code, _, err = cli(name, *flags.split(), "--out", straight / name)
+    sentence = sentence if isinstance(sentence, str) else sentence[name]
+    assert sentence in one_sentence(code, err) and contents(straight / name) == before
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+@each
+@pytest.mark.parametrize("file, damage, command", [
+    ("model.safetensors", halve, "sample"), ("model.safetensors", Path.unlink, "eval"),
+    ("model.safetensors", lambda p: p.write_bytes(b"nonsense"), "--resume"),
+    ("state.pt", halve, "--resume"), ("state.pt", lambda p: p.write_bytes(b"nonsense"), "--resume"),
+    ("state.pt", Path.unlink, "--resume")], ids=lambda x: x if isinstance(x, str) else "")
+def test_a_damaged_checkpoint_is_named_and_left_as_it_is(name, file, damage, command, straight, cli,
+                                                         tmp_path):
+    out = shutil.copytree(straight / name, tmp_path / "run")
+    damage(out / file)
+    before = contents(out)
+    code, _, err = cli(name, command, "--out", out)
+    assert f"{out / file} is missing, broken or of other settings" in one_sentence(code, err)
+    assert contents(out) == before
+
+
+@each
+def test_a_checkpoint_of_another_script_or_data_is_refused(name, straight, cli, tmp_path):
+    other = dict(ar="mdlm", mdlm="ar")[name]
+    for command in ("sample", "eval", "--resume"):
+        code, _, err = cli(name, command, "--out", straight / other)
+        assert "of other settings: train first" in one_sentence(code, err)
+        code, _, err = cli(name, command, "--out", tmp_path / "none")
+        assert f"{tmp_path / 'none' / 'model.safetensors'} is missing" in one_sentence(code, err)
+    assert not (tmp_path / "none").exists()
+    stored = prepare.load_tokenizer
+    with pytest.MonkeyPatch.context() as patch:  # data whose tokenizer numbers the bytes otherwise
+        patch.setattr(prepare, "load_tokenizer", lambda folder: prepare.Tokenizer(
+            stored(folder).spec | dict(name="other")))
+        for command in ("eval", "--resume"):
+            code, _, err = cli(name, command, "--out", straight / name)
+            assert "another tokenizer than the other of these data" in one_sentence(code, err)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has cuda")
+def test_a_device_that_is_not_there_is_refused(home, cli, tmp_path):
+    code, _, err = cli("ar", *line(home, tmp_path / "run", "--device", "cuda"))
+    assert "there is no cuda device here: choose --device cpu or auto" in one_sentence(code, err)
+
+
+# ---- the run folder ------------------------------------------------------------------------------
+
+@each
+def test_a_new_run_moves_an_older_one_aside(name, home, straight, quick, cli, tmp_path):
+    out = shutil.copytree(straight / name, tmp_path / "run")
+    before = contents(out)
+    for k in (1, 2):
+        code, said, err = cli(name, *line(home, out, "--steps", 1, "--seed", k))
+        assert code == 0 and f"{out} held an older run, which is in {out}.{k} now" in said, err
+    assert contents(tmp_path / "run.1") == before and len(losses(tmp_path / "run.2")) == 1
+
+
+@each
+def test_a_folder_that_holds_other_things_is_refused(name, home, cli, tmp_path):
+    out = tmp_path / "thesis"
+    out.mkdir()
+    assert cli(name, *line(home, out, "--steps", "x"))[0] == 2
+    (out / "chapter.tex").write_text("mine")
+    code, _, err = cli(name, *line(home, out))
+    assert f"{out} holds other things than a run: choose another --out" in one_sentence(code, err)
+    code, _, err = cli(name, *line(home, out / "chapter.tex"))
+    assert f"cannot use {out / 'chapter.tex'} (Not a directory)" in one_sentence(code, err)
+    code, _, err = cli(name, *line(home, out / "chapter.tex" / "run"))
+    assert "cannot use " in one_sentence(code, err)
+    assert {k for k in contents(out) if k[0] != "."} == {"chapter.tex"}
+
+
+@posix
+def test_a_second_process_in_the_same_folder_is_one_sentence(home, cli, tmp_path):
+    out = tmp_path / "run"
+    with subprocess.Popen([sys.executable, ROOT / "ar.py", *map(str, line(
+            home, out, "--steps", 10 ** 6, "--eval-every", 50))], stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as first:
+        wait_for(out / "model.safetensors", first)
+        code, _, err = cli("ar", *line(home, out))
+        assert f"another process uses {out}: choose another --out" in one_sentence(code, err)
+        assert cli("ar", "sample", "--out", out, "--num-samples", 1)[0] == 0  # this is allowed
+        first.send_signal(signal.SIGINT)
+        said, err = first.communicate(timeout=600)
+    assert first.returncode == 130 and "Traceback" not in err, err
+    step = state(out)["step"]
+    assert err.splitlines()[-1] == f"stopped at step {step}; go on with --resume"
+    assert "\r" not in said + err  # the output is no terminal: whole lines only
+
+
+def wait_for(path, process, seconds=300):
+    deadline = time.time() + seconds
+    while time.time() < deadline and process.poll() is None and not path.exists():
+        time.sleep(0.05)
+    assert path.exists(), process.poll()
+
+
+@posix
+def test_ctrl_c_while_the_data_are_prepared_stops_within_two_seconds(tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TEXT_DIFFUSION_CACHE": str(tmp_path / "cache")}
+    with subprocess.Popen([sys.executable, ROOT / "mdlm.py", "--out", str(tmp_path / "run")],
+                          env=env, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        wait_for(tmp_path / "cache", process)
+        time.sleep(1.5)
+        process.send_signal(signal.SIGINT)
+        clock = time.time()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and time.time() - clock < 2
+    assert err.splitlines()[-1] == "interrupted" and not (tmp_path / "run").exists()
+
+
+def test_a_new_run_that_cannot_start_leaves_the_old_one_as_it_was(home, straight, tmp_path):
+    out = shutil.copytree(straight / "ar", tmp_path / "run")
+    before = contents(out)
+    with pytest.raises(common.UserError):
+        ar.train(config("ar", home, out, data="no such file.txt"))
+    assert contents(out) == before and not (tmp_path / "run.1").exists()
+
+
+@each
+def test_a_run_leaves_the_documented_files_and_rows(name, straight):
+    out = straight / name
+    assert {p.name for p in out.iterdir()} == FILES
+    pixels = image.imread(out / "loss.png")
+    assert min(pixels.shape[:2]) > 300 and pixels.std() > 0.01  # something is drawn
+    [made] = log(out, "config")
+    assert {"command", "config", "torch", "machine", "device", "dtype", "threads", "processes",
+            "parameters", "tokenizer"} <= made.keys() and made["config"]["seed"] == 1337
+    for row in log(out, "train"):
+        assert row.keys() == {"kind", "step", "tokens", "loss", "lr", "grad_norm", "tok_s",
+                              "seconds"} and row["tokens"] == row["step"] * 4 * 32
+    seconds = [row["seconds"] for row in log(out, "train")]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    assert [row["step"] for row in log(out, "val")] == [0, 2, 4, 6, 8]
+    assert {row["bound"] for row in log(out, "val")} == {dict(ar="exact", mdlm="upper")[name]}
+    [row] = log(out, "samples")
+    assert row["num_samples"] == 64 and row["seconds"] > 0 and "valid_stories" not in row
+
+
+@each
+def test_on_tales_the_gap_to_the_entropy_and_the_rates_of_samples_are_logged(name, cli, tmp_path):
+    out = tmp_path / "run"
+    code, said, err = cli(name, *FLAGS, "--out", out, "--tokenizer", "bpe", "--max-docs", 60,
+                          "--seq-len", 160, "--steps", 2)
+    assert code == 0 and "the unigram entropy, " in said and "+ gap " in said, err
+    row, [sample] = log(out, "val")[-1], log(out, "samples")
+    assert row["gap"] == pytest.approx(row["nats_per_doc"] - row["entropy_per_doc"], abs=1e-4)
+    assert 30 < row["entropy_per_doc"] < row["nats_per_doc"] and row["gap_se"] > 0
+    assert {"valid_stories", "valid_sentences"} <= sample.keys()
+
+
+def test_a_likelihood_in_all_units_by_hand():
+    """Two documents of 3 and 1 tokens and their EOS, EOS-filled rows of 4."""
+    cfg = SimpleNamespace(rows="docs", eos=0)
+    tokenizer = SimpleNamespace(decode=lambda ids: "xy" * len(ids))
+    row = units.likelihood(torch.tensor([6.0, 3.0]), torch.tensor([[1, 2, 3, 0], [4, 0, 0, 0]]),
+                           torch.tensor([5.0, 1.0]), tokenizer, cfg, "upper")
+    assert row["nats_per_token"] == 9 / 6 and row["nats_per_doc"] == 4.5 and row["gap"] == 1.5
+    assert row["bits_per_byte"] == pytest.approx(9 / math.log(2) / 8) and row["se"] == 1.5
+    assert row["entropy_per_doc"] == 3 and row["gap_se"] == 0.5
+    assert units.report(row) == ("<= 1.500 nats/token (perplexity 4.48, 1.623 bits/byte), <= 4.5 +- "
+                                 "1.5 nats/document = entropy 3.0 + gap 1.5 +- 0.5")
+    cfg.rows = "stream"
+    row = units.likelihood(torch.tensor([6.0, 3.0]), torch.ones(2, 4).long(), None, tokenizer, cfg,
+                           "exact")
+    assert row["nats_per_token"] == 9 / 8 and not {"gap", "nats_per_doc"} & row.keys()
+    assert units.se(torch.tensor([1.0, 3.0])) == 1 and units.se(torch.ones(1)) == 0
+
+
+# ---- stopping and resuming -----------------------------------------------------------------------
+
+@each
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_a_stopped_run_goes_on_bit_for_bit(name, number, home, straight, quick, cli, tmp_path,
+                                           monkeypatch):
+    handler, honest = signal.getsignal(number), common.Run.log_step
+
+    def log_step(self, step, *args, **kw):
+        honest(self, step, *args, **kw)
+        if step == 5:
+            signal.raise_signal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "log_step", log_step)
+        code, _, err = cli(name, *line(home, tmp_path / "run"))
+    assert code == 130 and err.splitlines()[-1] == "stopped at step 5; go on with --resume"
+    assert state(tmp_path / "run")["step"] == 5 and signal.getsignal(number) == handler
+    code, _, err = cli(name, "--resume", "--out", tmp_path / "run")
+    assert code == 0, err
+    assert_as_if_undisturbed(tmp_path / "run", straight / name)
+    code, _, err = cli(name, "--resume", "--steps", STEPS + 2, "--out", tmp_path / "run")
+    assert code == 0 and [row[0] for row in losses(tmp_path / "run")] == [*range(1, STEPS + 3)]
+
+
+def test_a_second_ctrl_c_stops_at_once(home, quick, cli, tmp_path, monkeypatch):
+    honest = common.Run.log_step
+    monkeypatch.setattr(common.Run, "log_step", lambda self, *args, **kw: (
+        honest(self, *args, **kw), [signal.raise_signal(signal.SIGINT) for _ in range(2)]))
+    code, _, err = cli("ar", *line(home, tmp_path / "run"))
+    assert code == 130 and err.splitlines()[-1] == "interrupted"
+
+
+def kills():
+    """Moments at which a run is killed, the same each time; 4 checkpoints of 2 files."""
+    draw, moments = random.Random(20), []
+    for name in SCRIPTS:
+        moments += [(name, "die_at_event", draw.uniform(0.3, 0.97), "") for _ in range(4)]
+        moments += [(name, "die_while_replacing", draw.randint(1, 8), where)
+                    for where in ("middle", "before", "after")]
+    return moments
+
+
+@posix
+@pytest.mark.parametrize("name, fault, when, where", kills())
+def test_a_run_that_is_killed_anywhere_loses_nothing(name, fault, when, where, home, fork, straight,
+                                                     tmp_path):
+    out, how = tmp_path / "run", [when, where]
+    if fault == "die_at_event":
+        how = [int(when * int((home / f"{name}.events").read_text()))]
+    code, err = fork(name, line(home, out), fault, *how)
+    assert code == -signal.SIGKILL, err
+    if (out / "log.jsonl").exists():
+        with open(out / "log.jsonl", "a") as file:
+            file.write('{"kind": "train", "st')  # cut off
+    saved = (out / "state.pt").exists()
+    code, err = fork(name, line(home, out, *["--resume"] * saved))
+    assert code == 0, err
+    assert_as_if_undisturbed(out, straight / name)
+
+
+# ---- full disks, full memory, other accidents ----------------------------------------------------
+
+@posix
+@each
+@pytest.mark.parametrize("file", ["log.jsonl", "model.safetensors", "state.pt"])
+def test_a_full_disk_is_one_sentence_and_the_checkpoint_stays(name, file, fork, straight, tmp_path):
+    out = shutil.copytree(straight / name, tmp_path / "run")
+    before = contents(out)
+    argv = ["--resume", "--steps", STEPS + 2, "--out", out]
+    said = one_sentence(*fork(name, argv, "small_files", (out / file).stat().st_size - 1))
+    assert "cannot use " in said and "what was saved before is kept" in said
+    assert file == "log.jsonl" or f"cannot use {out / file} (" in said
+    assert (out / "state.pt").read_bytes() == before["state.pt"] and not [*out.glob("*.tmp")]
+    assert fork(name, ["sample", "--num-samples", 1, "--out", out])[0] == 0
+    code, err = fork(name, argv)
+    assert code == 0 and len(losses(out)) == STEPS + 2, err
+    assert losses(out)[:STEPS] == losses(straight / name)
+
+
+@pytest.mark.parametrize("number", ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EIO"])
+def test_what_the_system_refuses_is_named(number, home, quick, tmp_path, cli, monkeypatch):
+    def refuse(*_):
+        raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", refuse)
+        code, _, err = cli("ar", *line(home, tmp_path / "run"))
+    assert one_sentence(code, err).startswith(
+        f"error: cannot use {tmp_path / 'run' / 'model.safetensors'} "
+        f"({os.strerror(getattr(errno, number))}): check its rights and the free space")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["log.jsonl"]
+
+
+def test_replace_leaves_the_old_file_when_writing_fails(tmp_path):
+    (tmp_path / "file").write_text("old")
+    for error in (OSError(28, "No space left"), RuntimeError("[enforce fail at inline_container]")):
+        def half(file):
+            file.write(b"ne")
+            raise error
+        with pytest.raises(OSError, match=str(tmp_path / "file")):
+            files.replace(tmp_path / "file", half)
+        assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@each
+def test_output_that_nobody_can_take_is_one_sentence(name, fork, straight):
+    code, err = fork(name, ["sample", "--num-samples", 1, "--out", straight / name],
+                     out="/dev/full")
+    assert "cannot use the output (No space left on device)" in one_sentence(code, err)
+
+
+@posix
+def test_a_reader_that_closes_early_and_a_terminal_without_our_letters(straight, home):
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONIOENCODING="ascii")
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "ar.py", "sample", "--num-samples", "3000", "--out",
+         straight / "ar", "--trace"], env=env, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE)
+    assert "?" in process.stdout.readline()
+    process.stdout.close()  # as head does
+    assert process.stderr.read() == "" and process.wait(timeout=600) == 1
+
+
+def test_a_full_memory_is_one_sentence_and_other_errors_keep_their_traceback(straight, cli,
+                                                                             monkeypatch):
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+                  RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
+                  RuntimeError("a fault of ours")):
+        def refuse(*_, **__):
+            raise error
+        monkeypatch.setattr(common, "encode_canvas", refuse)
+        if "ours" in str(error):
+            with pytest.raises(RuntimeError):
+                cli("ar", "sample", "--out", straight / "ar")
+        else:
+            code, _, err = cli("ar", "sample", "--out", straight / "ar")
+            assert "the memory is full: lower --batch-size" in one_sentence(code, err)
+
+
+@each
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_never_reaches_the_weights(
+        name, what, home, straight, quick, tmp_path, monkeypatch):
+    script, calls = SCRIPTS[name], []
+    honest = script.loss_fn
+
+    def spoilt(model, *args):
+        loss = honest(model, *args)
+        calls.append(loss.item())
+        if len(calls) == 6:  # the root has slope inf at 0: the value stays, the gradient is nan
+            zero = 0 * next(model.parameters()).sum()
+            loss = loss + (zero.sqrt() if what == "gradient" else math.nan)
+        return loss
+    monkeypatch.setattr(script, "loss_fn", spoilt)
+    with pytest.raises(common.UserError, match="at step 5: lower --lr"):
+        script.train(config(name, home, tmp_path / "run"))
+    assert losses(tmp_path / "run") == losses(straight / name)[:5]
+    saved = state(tmp_path / "run")
+    assert saved["step"] == 4 and all(p.isfinite().all() for p in saved["parts"][0].values())
+
+
+# ---- averaged weights, shared work, precision, loggers -------------------------------------------
+
+def test_the_average_follows_its_formula_and_ema_0_is_the_raw_model(home, quick, tmp_path,
+                                                                    monkeypatch):
+    seen, honest = [], common.Run.save
+
+    def keep(run, step, tokenizer, model, ema, *rest):
+        seen.append([m.head.weight.detach().clone() for m in (model, ema)])
+        honest(run, step, tokenizer, model, ema, *rest)
+    monkeypatch.setattr(common.Run, "save", keep)
+    model = ar.train(config("ar", home, tmp_path / "run", steps=6, eval_every=1, ema=0.3))
+    average = torch.zeros_like(seen[0][0])  # the head starts at zero
+    for step, (raw, ema) in enumerate(seen, 1):
+        share = min(0.3, (1 + step) / (10 + step))
+        average = share * average + (1 - share) * raw
+        torch.testing.assert_close(ema, average)
+    saved = load_file(tmp_path / "run/model.safetensors")
+    assert same(saved, dict(model.state_dict())) and same(saved, state(tmp_path / "run")["parts"][1])
+    ar.train(config("ar", home, tmp_path / "raw", steps=3, ema=0.0))
+    assert same(*state(tmp_path / "raw")["parts"][:2])
+
+
+@each
+@pytest.mark.parametrize("rows", ["stream", "docs"])
+def test_two_micro_batches_of_four_are_one_batch_of_eight(name, rows, home, quick, tmp_path):
+    for folder, sizes in dict(one=dict(batch_size=8), two=dict(batch_size=4, grad_accum=2)).items():
+        SCRIPTS[name].train(config(name, home, tmp_path / folder, rows=rows, lr=1e-3, **sizes))
+    one, two = ([row[1] for row in losses(tmp_path / folder)] for folder in ("one", "two"))
+    assert one == pytest.approx(two, abs=1e-5)
+    first, *_, last = log(tmp_path / "two", "val")  # and something is learnt
+    assert last["nats_per_token"] < first["nats_per_token"] - 0.1
+
+
+@posix
+@each
+def test_two_processes_give_the_losses_of_one(name, home, straight, tmp_path):
+    """Both have to prepare the data at once: their cache is empty."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = dict(os.environ, OMP_NUM_THREADS="1", TEXT_DIFFUSION_CACHE=str(tmp_path / "cache"))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+         str(port), ROOT / f"{name}.py", *map(str, line(home, tmp_path / "run"))],
+        env=env, text=True, capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    folders = straight / name, tmp_path / "run"
+    one, two = ([row[1] for row in losses(out)] for out in folders)
+    assert one == pytest.approx(two, abs=1e-4) and len(two) == STEPS
+    one, two = (log(out, "val")[-1]["nats_per_token"] for out in folders)
+    assert one == pytest.approx(two, abs=1e-4)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == FILES
+    assert done.stdout.count("step     8: ") == 1  # one process talks
+
+
+def test_fewer_rows_than_processes_are_refused(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    with pytest.raises(common.UserError, match="--batch-size 4 is less than 5 processes"):
+        ar.train(config("ar", home, tmp_path / "run"))
+
+
+@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"),
+                    reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_has_the_losses_of_a_plain_one(home, straight, quick, tmp_path,
+                                                        monkeypatch):
+    compiled, compile_ = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda block: (compiled.append(block), compile_(block)))
+    mdlm.train(config("mdlm", home, tmp_path / "run", compile=True, eval_every=8))
+    fast, plain = ([row[1] for row in losses(out)] for out in (tmp_path / "run",
+                                                               straight / "mdlm"))
+    assert compiled and fast == pytest.approx(plain, abs=1e-3)
+
+
+def test_tensorboard_and_wandb_receive_every_number_of_the_log(home, quick, tmp_path, monkeypatch):
+    heard = []
+    board = SimpleNamespace(SummaryWriter=lambda folder: SimpleNamespace(
+        add_scalar=lambda name, value, step: heard.append((name, value, step))))
+    bias = SimpleNamespace(init=lambda **kw: heard.append(kw["config"]["seed"]),
+                           log=lambda row, step: heard.extend((*kv, step) for kv in row.items()))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setitem(sys.modules, "wandb", bias)
+    ar.train(config("ar", home, tmp_path / "run", steps=2, log="tensorboard,wandb"))
+    first = log(tmp_path / "run", "train")[0]["loss"]
+    said = [item[1] for item in heard if item != 1337 and item[::2] == ("train/loss", 1)]
+    assert 1337 in heard and said == [first, first]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_logger_that_is_not_installed_is_named_with_its_pip_command(name, home, cli, tmp_path,
+                                                                      monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, name, None)
+    code, _, err = cli("ar", *line(home, tmp_path / "run", "--log", name))
+    assert f"--log {name} needs `pip install {name}`" in one_sentence(code, err)
+
+
+@pytest.mark.parametrize("hardware", [True, False])
+def test_bfloat16_is_the_default_where_the_hardware_multiplies_it(hardware, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(amx_bf16=hardware))
+    for asked, got in dict(auto="bfloat16" if hardware else "float32", float32="float32",
+                           bfloat16="bfloat16").items():
+        run, x = common.Run(ar.Config(device="cpu", dtype=asked)), torch.ones(2, 2)
+        with run.amp:
+            assert run.dtype == got and (x @ x).dtype == getattr(torch, got)
+
+
+def test_a_device_is_found_and_every_process_has_its_own_gpu(monkeypatch):
+    asked, zeros = [], torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda n, device: (asked.append(device), zeros(n))[1])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    common.pick_device("auto"), common.pick_device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    common.pick_device("auto")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    common.pick_device("auto")
+    assert asked == ["mps", "cpu", "cuda:0", "cuda:1"]
