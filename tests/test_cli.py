@@ -1,5 +1,4 @@
 """The command line: every flag, every command that is written down, one sentence a mistake."""
-import ast
 import contextlib
 import dataclasses
 import inspect
@@ -8,7 +7,6 @@ import json
 import os
 import random
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -19,15 +17,14 @@ import torch
 
 import ar
 import bit_diffusion
-import common
+import common_v1 as common
 import diffugpt_varlen
 import dit_embed
-import mdlm
 import sdd
-from data import prepare, tales
+from data import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [ar, mdlm, dit_embed, bit_diffusion, sdd, diffugpt_varlen]
+SCRIPTS = [dit_embed, bit_diffusion, sdd, diffugpt_varlen]
 both = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.NAME)
 TINY = ("--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --seq-len 32 --batch-size 4 --steps 4 "
         "--warmup 1 --eval-every 2 --save-every 2 --device cpu --dtype float32").split()
@@ -52,6 +49,18 @@ def home(tmp_path_factory):
                 common.run_main(script.main)
             assert not stop.value.code
         yield home
+
+
+@pytest.fixture(scope="module")
+def judge(home):
+    """The folder of a run of ar.py on the same data."""
+    flags = dict(zip(TINY[::2], TINY[1::2]))
+    del flags["--save-every"]
+    argv = ["--data", str(home / "small.txt"), *(part for pair in flags.items() for part in pair),
+            "--out", str(home / "judge")]
+    with contextlib.redirect_stdout(io.StringIO()):
+        ar.main(argv)
+    return home / "judge"
 
 
 @pytest.fixture
@@ -135,8 +144,8 @@ def test_presets_choose_defaults_and_explicit_flags_win(script):
 
 
 def test_flags_of_a_stored_run_are_kept_unless_given(home, cli):
-    stored = common.load_config(ar.Config, home / "ar")
-    cfg = common.parse(ar.Config, ar.PRESETS, ["--steps", "9"], "", default=stored)
+    stored = common.load_config(sdd.Config, home / "sdd")
+    cfg = common.parse(sdd.Config, sdd.PRESETS, ["--steps", "9"], "", default=stored)
     assert cfg == dataclasses.replace(stored, steps=9) and cfg.n_embd == 32
 
 
@@ -158,55 +167,13 @@ def test_sample_follows_its_flags(script, home, cli):
         assert cli(script, "sample", "--out", out, "--n", 2, *argv)[0] == 0
         return (out / "samples.txt").read_bytes()
     assert drawn("--temperature", 0) != drawn() != drawn("--top-k", 1)
-    if script in (ar, mdlm):  # elsewhere the temperature leaves own evidence alone
-        assert drawn("--temperature", 0) == drawn("--top-k", 1)
     assert drawn() == drawn() != drawn("--seed", 3)
 
 
-def test_sampling_steps_sets_the_number_of_network_calls(home, cli):
-    _, said, _ = cli(mdlm, "sample", "--out", home / "mdlm", "--sampling-steps", 4, "--trace")
-    assert re.findall(r"^ +(\d+)  ", said, re.M) == ["0", "1", "2", "3", "4"]
-
-
-def test_eval_logs_and_prints_the_test_likelihood(home, cli, tmp_path):
-    out = shutil.copytree(home / "ar", tmp_path / "run")
-    code, said, err = cli(ar, "eval", "--out", out)
-    assert code == 0 and err == ""
-    *_, test, samples = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    assert (test["kind"], test["bound"], samples["kind"]) == ("test", "exact", "samples")
-    assert f"test, {test['rows']} rows: = {test['nats_per_token']:.3f} nats/token" in said
-
-
-def test_eval_of_mdlm_writes_its_own_rows_and_two_figures_each_time_anew(home, cli, tmp_path):
-    out = shutil.copytree(home / "mdlm", tmp_path / "run")
-    flags = "--out", out, "--judge", home / "ar", "--eval-orders", "random,margin"
-    before = (out / "log.jsonl").read_text()
-    for _ in range(2):
-        code, said, err = cli(mdlm, "eval", *flags)
-        assert code == 0 and err == ""
-    rows = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
-    kinds = [row["kind"] for row in rows]
-    assert kinds == (["config", "test"] + 4 * ["accuracy"] + 3 * ["infill"] + ["real"] +
-                     8 * ["samples"])
-    test, samples = rows[1], rows[-8:]
-    assert f"test, {test['rows']} rows: <= {test['nats_per_token']:.3f} nats/token" in said
-    assert [(r["order"], r["sampling_steps"]) for r in samples] == [
-        (order, steps) for order in ("random", "margin") for steps in (4, 8, 16, 32)]
-    assert all(r["nfe"] <= r["sampling_steps"] and r["judge"] > 0 for r in samples)
-    assert all(0 <= r["accuracy"] <= 1 and r["unigram"] > 0 for r in rows[2:9])
-    assert rows[0]["config"]["steps"] == 4 and "data_dir" not in rows[0]["config"]
-    assert (out / "quality.png").exists() and (out / "integrand.png").exists()
-    assert (out / "log.jsonl").read_text() == before
-    code, said, _ = cli(mdlm, "eval", *flags[:2], "--judge", tmp_path / "nobody", "--eval-orders",
-                        "l2r")
-    assert code == 0 and "no judge in" in said
-    assert "not 'best'" in one_sentence(*cli(mdlm, "eval", "--eval-orders", "best")[::2])
-
-
-def test_eval_of_dit_embed_writes_its_own_rows_and_three_figures(home, cli, tmp_path):
+def test_eval_of_dit_embed_writes_its_own_rows_and_three_figures(home, judge, cli, tmp_path):
     out = shutil.copytree(home / "dit_embed", tmp_path / "run")
     before = (out / "log.jsonl").read_text()
-    code, said, err = cli(dit_embed, "eval", "--out", out, "--judge", home / "ar",
+    code, said, err = cli(dit_embed, "eval", "--out", out, "--judge", judge,
                           "--eval-samplers", "token,ddim")
     assert code == 0 and err == ""
     rows = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
@@ -237,10 +204,10 @@ def test_every_variant_of_dit_embed_trains_samples_and_evaluates(flags, home, cl
     assert "<= " in said
 
 
-def test_eval_of_bit_diffusion_writes_its_own_rows_and_two_figures(home, cli, tmp_path):
+def test_eval_of_bit_diffusion_writes_its_own_rows_and_two_figures(home, judge, cli, tmp_path):
     out = shutil.copytree(home / "bit_diffusion", tmp_path / "run")
     before = (out / "log.jsonl").read_text()
-    code, said, err = cli(bit_diffusion, "eval", "--out", out, "--judge", home / "ar")
+    code, said, err = cli(bit_diffusion, "eval", "--out", out, "--judge", judge)
     assert code == 0 and err == ""
     rows = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
     kinds = [row["kind"] for row in rows]
@@ -284,10 +251,10 @@ def test_what_cannot_be_said_in_bits_is_refused(flags, sentence, home, cli, tmp_
     assert sentence in one_sentence(code, err) and not (tmp_path / "run").exists()
 
 
-def test_eval_of_sdd_writes_its_own_rows_and_two_figures(home, cli, tmp_path):
+def test_eval_of_sdd_writes_its_own_rows_and_two_figures(home, judge, cli, tmp_path):
     out = shutil.copytree(home / "sdd", tmp_path / "run")
     before = (out / "log.jsonl").read_text()
-    code, said, err = cli(sdd, "eval", "--out", out, "--judge", home / "ar")
+    code, said, err = cli(sdd, "eval", "--out", out, "--judge", judge)
     assert code == 0 and err == ""
     rows = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
     kinds = [row["kind"] for row in rows]
@@ -534,7 +501,7 @@ def test_sample_fills_holes_and_keeps_the_rest(script, home, cli):
 
 
 @pytest.mark.parametrize("script, change", [
-    (mdlm, dict(order="l2r", remask="none")), (dit_embed, dict(clock="l2r", sampling_steps=3)),
+    (dit_embed, dict(clock="l2r", sampling_steps=3)),
     (bit_diffusion, dict(clock="l2r", sampling_steps=3)),
     (sdd, dict(clock="l2r", sampling_steps=3)),
     (diffugpt_varlen, dict(order="l2r", sampling_steps=3))],
@@ -563,22 +530,16 @@ def test_sample_is_fast_unless_told_otherwise(script, change, home, cli, tmp_pat
     assert all(getattr(script.Config(), k) != v for k, v in script.FAST.items())
 
 
-def test_the_naming_note_is_printed_with_log_linear_only(home, cli, tmp_path):
-    train = "--data", home / "small.txt", *TINY, "--steps", 1, "--out", tmp_path / "run"
-    assert mdlm.NOTE in cli(mdlm, *train, "--schedule", "log-linear")[1]
-    assert mdlm.NOTE not in cli(mdlm, *train)[1]
-
-
 @pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
 def test_train_and_sample_as_real_processes_and_a_reader_that_closes_early(home, tmp_path):
     def start(*argv):
-        return subprocess.Popen([sys.executable, ROOT / "mdlm.py", *map(str, argv)], cwd=tmp_path,
+        return subprocess.Popen([sys.executable, ROOT / "sdd.py", *map(str, argv)], cwd=tmp_path,
                                 env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONIOENCODING="ascii"),
                                 text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     training = start("--data", home / "small.txt", *TINY, "--n-embd", "48")
     out, err = training.communicate(timeout=600)
     assert training.returncode == 0 and "Traceback" not in err, err
-    assert "step     4  <= " in out and (tmp_path / "out/mdlm/state.pt").exists()
+    assert "step     4  <= " in out and (tmp_path / "out/sdd/state.pt").exists()
     sampling = start("sample", "--n", "3000", "--sampling-steps", "1")  # more than a pipe holds
     assert sampling.stdout.readline()
     sampling.stdout.close()  # as head does
@@ -603,7 +564,7 @@ def test_train_and_sample_as_real_processes_and_a_reader_that_closes_early(home,
     ("--batch-size 0 --seq-len 1 --dtype half --n-embd 30 --top-p 2 --ema 1 --rows x --log y",
      "--seq-len is 1, it must be at least 2; --batch-size is 0, it must be at least 1"),
     ("--device tpu", "unknown device 'tpu': choose auto, cpu, cuda or mps"),
-    ("--tokenizer words", "unknown tokenizer 'words': choose bpe, gpt2, byte or hf:NAME"),
+    ("--tokenizer words", "unknown tokenizer 'words': choose bpe, gpt2, byte, char or hf:NAME"),
     ("--vocab-size 300 --tokenizer byte", "--vocab-size 300 does not suit the tokenizer byte"),
     ("--data no-such-file.txt", "neither a file or folder nor one of the names tales"),
     ("--data {empty}", "is empty: give a source that has text"),
@@ -628,23 +589,9 @@ def test_a_mistake_is_one_sentence_exit_code_2_and_no_folder(script, line, sente
 
 
 def test_several_bad_values_are_listed_together(cli):
-    _, _, err = cli(ar, *"--batch-size 0 --seq-len 1 --dtype half --n-embd 30 --top-p 2 --ema 1 "
+    _, _, err = cli(sdd, *"--batch-size 0 --seq-len 1 --dtype half --n-embd 30 --top-p 2 --ema 1 "
                     "--rows x --log y --top-k -1".split())
     assert err.count("; ") == 8
-
-
-@pytest.mark.parametrize("name, sentence", [
-    ("loglinear", "schedule 'loglinear' is ambiguous: in SEDD and MDLM it means mask rate"),
-    ("sigmoid", "unknown schedule 'sigmoid': choose linear, cosine, log-linear, "
-                "mdlm-loglinear, maskgit or powerK"),
-    ("power0", "unknown schedule 'power0'")])
-def test_an_unknown_schedule_is_refused_before_anything_starts(name, sentence, home, cli, tmp_path):
-    code, out, err = cli(mdlm, "--data", home / "small.txt", *TINY, "--schedule", name, "--out",
-                         tmp_path / "run")
-    assert sentence in one_sentence(code, err)
-    assert out == "" and not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match=sentence):
-        mdlm.Config(schedule=name)
 
 
 @both
@@ -741,20 +688,11 @@ def test_a_checkpoint_of_other_settings_is_refused(script, line, sentence, home,
 @both
 @pytest.mark.parametrize("command", ["sample", "eval", "--resume"])
 def test_a_checkpoint_of_another_script_is_refused(script, command, home, cli):
-    other = home / (mdlm if script in (ar, diffugpt_varlen) else ar).NAME
+    other = home / (sdd if script is diffugpt_varlen else diffugpt_varlen).NAME
     before = contents(other)
     code, _, err = cli(script, command, "--out", other)
     assert "was it written by another method" in one_sentence(code, err)
     assert contents(other) == before
-
-
-def test_a_checkpoint_that_knew_its_noise_otherwise_is_refused(home, cli, tmp_path):
-    out = shutil.copytree(home / "mdlm", tmp_path / "run")
-    before = contents(out)
-    for command in ("sample", "--resume"):
-        code, _, err = cli(mdlm, command, "--cond", "add", "--out", out)
-        assert "it is broken or was trained with other flags" in one_sentence(code, err)
-    assert contents(out) == before
 
 
 @both
@@ -765,80 +703,3 @@ def test_a_truncated_data_file_is_named(script, home, cli, tmp_path, monkeypatch
     code, _, err = cli(script, "--data", home / "small.txt", *TINY, "--out", tmp_path / "run")
     assert f"{folder / 'train.bin'} is missing or damaged: delete" in one_sentence(code, err)
     assert not (tmp_path / "run").exists()
-
-
-# ---- what is written down ------------------------------------------------------------------------
-
-def written_down():
-    """Every command in a README code block or in a docstring's indented lines."""
-    lines = []
-    readme = ROOT / "README.md"
-    if readme.exists():
-        blocks = re.findall(r"```(?:sh|bash|shell)\n(.*?)```", readme.read_text("utf-8"), re.S)
-        lines += [re.split(r"\s+#", line)[0] for line in "".join(blocks).splitlines()]
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("results/*.py")]:
-        doc = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
-        lines += [re.split(r"\s{2,}", line.strip())[0] for line in doc.splitlines()
-                  if line.startswith("    ")]
-    commands = [part.strip() for line in lines for part in line.split("&&")]
-    return sorted({c for c in commands if re.match("python|torchrun|pip", c)})
-
-
-class Enough(Exception):
-    """The command line was understood."""
-
-
-def stop(*_, **__):
-    raise Enough
-
-
-@pytest.mark.parametrize("command", written_down())
-def test_every_command_that_is_written_down_is_understood(command, monkeypatch, tmp_path):
-    words = shlex.split(command)
-    if words[0] == "torchrun":
-        assert words[1] == "--nproc-per-node"
-        words[:3] = ["python"]
-    if words[0] == "pip" or words[1] == "-m":
-        assert command in ("pip install -r requirements.txt", "python -m pytest"), command
-        assert (ROOT / "requirements.txt").exists() and (ROOT / "pytest.ini").exists()
-        return
-    path, argv = words[1], words[2:]
-    assert (ROOT / path).exists()
-    monkeypatch.setattr(sys, "argv", [path, *argv])
-    if path in [f"{script.NAME}.py" for script in SCRIPTS]:
-        script = next(script for script in SCRIPTS if path == f"{script.NAME}.py")
-        monkeypatch.setattr(script, "train", stop)
-        monkeypatch.setattr(common, "Run", stop)
-        monkeypatch.setattr(common, "load_config", lambda Config, out: Config())
-        with pytest.raises(Enough):
-            script.main(argv)
-    elif path == "data/prepare.py":
-        usage = {"NAME|PATH": "tales", "NAME": "tales", "T": "byte", "N": "300", "DIR": "cache"}
-        argv = [usage.get(word.strip("[]"), word.strip("[]")) for word in argv]
-        monkeypatch.setattr(sys, "argv", [path, *argv])
-        monkeypatch.setattr(prepare, "prepare", stop)
-        with pytest.raises(Enough):
-            prepare.main()
-    elif path == "data/tales.py":
-        usage = {"FILE": str(ROOT / "README.md"), "TEXT": "once upon a time"}
-        argv = [usage.get(word.strip("[]"), word.strip("[]")) for word in argv]
-        for name in ("stories", "entropy", "Tales"):
-            monkeypatch.setattr(tales, name, stop)
-        with pytest.raises(Enough):
-            tales.main(argv)
-    elif path == "compare.py":
-        import compare
-        for name in ("train", "measure", "publish", "spread", "make_film"):
-            monkeypatch.setattr(compare, name, stop)
-        monkeypatch.setattr(compare, "folder_of", lambda budget: tmp_path)
-        with pytest.raises(Enough):
-            compare.main(argv)
-    else:
-        arguments = {"results/collect.py": 2, "results/speed.py": 0}
-        assert arguments.get(path) == len(argv), f"nobody checks {command}"
-
-
-def test_there_are_commands_to_check():
-    found = written_down()
-    assert all(any(name in c for c in found) for name in (
-        "ar.py", "mdlm.py", "data/prepare.py", "compare.py"))

@@ -21,17 +21,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import ar
 import bit_diffusion
-import common
+import common_v1 as common
 import diffugpt_varlen
 import dit_embed
-import mdlm
 import sdd
 from data import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {s.NAME: s for s in (ar, mdlm, dit_embed, bit_diffusion, sdd, diffugpt_varlen)}
+SCRIPTS = {s.NAME: s for s in (dit_embed, bit_diffusion, sdd, diffugpt_varlen)}
 each = pytest.mark.parametrize("name", SCRIPTS)
 posix = pytest.mark.skipif(os.name == "nt", reason="processes and signals of POSIX")
 TINY = ("--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --seq-len 32 --batch-size 4 --steps 6 "
@@ -231,8 +229,8 @@ def kills():
                     (name, "die_at_event", draw.uniform(0.6, 0.97)),
                     (name, "die_while_replacing", draw.randint(1, 15), draw.choice(
                         ["middle", "before", "after"]))]
-    return moments + [("ar", "die_while_replacing", 14, "middle"),
-                      ("mdlm", "die_while_replacing", 8, "after")]
+    return moments + [("bit_diffusion", "die_while_replacing", 14, "middle"),
+                      ("sdd", "die_while_replacing", 8, "after")]
 
 
 @posix
@@ -281,18 +279,18 @@ def test_a_parent_with_a_flipped_bit_is_not_adapted(home, fork, tmp_path):
 def test_a_run_killed_twice_between_checkpoints_and_in_an_old_folder(home, fork, straight,
                                                                      tmp_path):
     """The log is cut back twice; what the folder held before, or no checkpoint, is no obstacle."""
-    out = shutil.copytree(straight / "mdlm", tmp_path / "run")
-    argv = line(home, "mdlm", out)
-    code, err = fork("mdlm", [*argv, "--seed", 1], "die_while_replacing", 3, "middle")
+    out = shutil.copytree(straight / "sdd", tmp_path / "run")
+    argv = line(home, "sdd", out)
+    code, err = fork("sdd", [*argv, "--seed", 1], "die_while_replacing", 3, "middle")
     assert code == -signal.SIGKILL and not (out / "state.pt").exists(), err
-    code, err = fork("mdlm", ["sample", "--out", out])  # old weights beside a new config.json
+    code, err = fork("sdd", ["sample", "--out", out])  # old weights beside a new config.json
     assert "it is of another run than config.json" in one_sentence(code, err)
     for more, number, where in (([], 8, "after"), (["--resume"], 3, "before")):
-        code, err = fork("mdlm", [*argv, *more], "die_while_replacing", number, where)
+        code, err = fork("sdd", [*argv, *more], "die_while_replacing", number, where)
         assert code == -signal.SIGKILL and (out / "state.pt").exists(), err
-    code, err = fork("mdlm", [*argv, "--resume"])
+    code, err = fork("sdd", [*argv, "--resume"])
     assert code == 0, err
-    assert_as_if_undisturbed(out, straight / "mdlm")
+    assert_as_if_undisturbed(out, straight / "sdd")
 
 
 # ---- full and read-only disks --------------------------------------------------------------------
@@ -326,7 +324,7 @@ def test_what_the_system_refuses_is_named(number, home, tmp_path, cli, monkeypat
         raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", refuse)
-        code, _, err = cli("ar", *line(home, "ar", tmp_path / "run"))
+        code, _, err = cli("bit_diffusion", *line(home, "bit_diffusion", tmp_path / "run"))
     assert one_sentence(code, err).startswith(
         f"error: cannot use {tmp_path / 'run' / 'tokenizer.json'} "
         f"({os.strerror(getattr(errno, number))}): check its rights and the free space")
@@ -337,12 +335,12 @@ def test_what_the_system_refuses_is_named(number, home, tmp_path, cli, monkeypat
 def test_data_that_do_not_fit_and_folders_that_are_none(home, fork, straight, tmp_path):
     (tmp_path / "text.txt").write_text((home / "small.txt").read_text() + " more" * 9)
     before = {*(home / "cache").iterdir()}
-    argv = ["--data", tmp_path / "text.txt", *line(home, "ar", tmp_path / "run")[2:]]
-    code, err = fork("ar", argv, "small_files", 1000)
+    argv = ["--data", tmp_path / "text.txt", *line(home, "bit_diffusion", tmp_path / "run")[2:]]
+    code, err = fork("bit_diffusion", argv, "small_files", 1000)
     assert "cannot prepare" in one_sentence(code, err) and not (tmp_path / "run").exists()
     assert {*(home / "cache").iterdir()} == before
     for out in ("/dev/null", "/dev/null/run", *["/proc/run"] * Path("/proc/self").exists()):
-        assert f"cannot write to {out} (" in one_sentence(*fork("ar", line(home, "ar", out)))
+        assert f"cannot write to {out} (" in one_sentence(*fork("bit_diffusion", line(home, "bit_diffusion", out)))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -357,8 +355,8 @@ def test_a_full_memory_is_one_sentence(home, straight, cli, monkeypatch):
                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")):
         def refuse(*_, **__):
             raise error
-        monkeypatch.setattr(ar, "sample", refuse)
-        code, _, err = cli("ar", "sample", "--out", straight / "ar")
+        monkeypatch.setattr(bit_diffusion, "sample", refuse)
+        code, _, err = cli("bit_diffusion", "sample", "--out", straight / "bit_diffusion")
         assert "error: the memory is full: lower --batch-size" in one_sentence(code, err)
 
 
@@ -367,16 +365,16 @@ def test_a_full_memory_is_one_sentence(home, straight, cli, monkeypatch):
 DIE = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import common, mdlm
+import common_v1 as common, sdd
 row = common.Run.train_row
 def train_row(self, step, *args, **kw):
     row(self, step, *args, **kw)
     if step == 3 and self.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
 common.Run.train_row = train_row
-common.plot_loss = mdlm.grade = lambda *_, **__: None
+common.plot_loss = sdd.grade = lambda *_, **__: None
 if __name__ == "__main__":
-    common.run_main(mdlm.main)
+    common.run_main(sdd.main)
 """
 
 
@@ -394,15 +392,15 @@ def test_a_dead_worker_ends_the_job_which_goes_on_from_its_checkpoint(home, stra
             env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=300)
     (tmp_path / "die.py").write_text(DIE.format(root=str(ROOT)))
     clock = time.time()
-    done = torchrun(tmp_path / "die.py", *line(home, "mdlm", out))
+    done = torchrun(tmp_path / "die.py", *line(home, "sdd", out))
     assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr, done.stderr
     assert state(out)["step"] == 2 and time.time() - clock < 240
     (tmp_path / "die.py").write_text(DIE.format(root=str(ROOT)).replace("step == 3", "False"))
-    done = torchrun(tmp_path / "die.py", *line(home, "mdlm", out, "--resume"))
+    done = torchrun(tmp_path / "die.py", *line(home, "sdd", out, "--resume"))
     assert done.returncode == 0, done.stderr
-    one, two = ([row[1] for row in losses(folder)] for folder in (straight / "mdlm", out))
+    one, two = ([row[1] for row in losses(folder)] for folder in (straight / "sdd", out))
     assert one == pytest.approx(two, abs=1e-4) and len(two) == STEPS
-    one, two = (log(folder, "val")[-1]["nats_per_token"] for folder in (straight / "mdlm", out))
+    one, two = (log(folder, "val")[-1]["nats_per_token"] for folder in (straight / "sdd", out))
     assert one == pytest.approx(two, abs=1e-4)
 
 
@@ -546,27 +544,27 @@ def test_a_stored_word_that_a_setting_does_not_know_is_refused(name, straight, c
 
 def test_weights_of_other_tools_load_and_ours_load_elsewhere(straight, tmp_path, cli):
     """Without a checksum, or rewritten with the same tensors; one that is there is believed."""
-    out = shutil.copytree(straight / "ar", tmp_path / "run")
+    out = shutil.copytree(straight / "bit_diffusion", tmp_path / "run")
     path, sample = out / "model.safetensors", ("sample", "--n", 1, "--out", out)
     tensors = load_file(path)
-    before = cli("ar", *sample)
+    before = cli("bit_diffusion", *sample)
     assert before[0] == 0
     for metadata in (None, {"format": "pt"}):
         save_file(tensors, path, metadata)
-        assert cli("ar", *sample) == before
+        assert cli("bit_diffusion", *sample) == before
     save_file(tensors, path, {"sha256": common.checksum(tensors)})
-    assert cli("ar", *sample) == before
+    assert cli("bit_diffusion", *sample) == before
     for name in tensors:
         save_file(tensors | {name: tensors[name] + 1e-3}, path,
                   {"sha256": common.checksum(tensors)})
-        code, _, err = cli("ar", *sample)
+        code, _, err = cli("bit_diffusion", *sample)
         assert "its checksum is wrong" in one_sentence(code, err)
 
 
 @posix
 def test_a_checkpoint_without_checksums_goes_on(home, fork, straight, tmp_path):
     """As they were before there were any, also after a kill in the middle of the next one."""
-    out = shutil.copytree(straight / "ar", tmp_path / "run")
+    out = shutil.copytree(straight / "bit_diffusion", tmp_path / "run")
     made = json.loads((out / "config.json").read_text())
     del made["sha256"], made["run"]["id"], made["run"]["tokenizer_sha256"]
     (out / "config.json").write_text(json.dumps(made))
@@ -574,10 +572,10 @@ def test_a_checkpoint_without_checksums_goes_on(home, fork, straight, tmp_path):
     save_file(load_file(out / "model.safetensors"), out / "model.safetensors")
     argv = ["--resume", "--steps", STEPS + 1, "--out", out]
     for how in (["die_while_replacing", 4, "before"], ["die_while_replacing", 5, "middle"], []):
-        code, err = fork("ar", argv, *how)
+        code, err = fork("bit_diffusion", argv, *how)
         assert code == (-signal.SIGKILL if how else 0), err
-        assert fork("ar", ["sample", "--n", 1, "--out", out])[0] == 0
-    assert len(losses(out)) == STEPS + 1 and losses(out)[:STEPS] == losses(straight / "ar")
+        assert fork("bit_diffusion", ["sample", "--n", 1, "--out", out])[0] == 0
+    assert len(losses(out)) == STEPS + 1 and losses(out)[:STEPS] == losses(straight / "bit_diffusion")
 
 
 # ---- mistakes ------------------------------------------------------------------------------------
@@ -600,7 +598,7 @@ def test_a_mistake_with_a_finished_run_leaves_it_alone(name, argv, sentence, str
     assert before == {p.name: p.read_bytes() for p in (straight / name).iterdir()}
 
 
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "ar"])
+@pytest.mark.parametrize("name", [name for name in SCRIPTS])
 @pytest.mark.parametrize("argv, sentence", [
     (["--infill", "no hole"], "--infill has no hole: write ___"),
     (["--infill", "a ___", "--prompt", "a"], "--prompt and --infill exclude each other"),

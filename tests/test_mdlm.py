@@ -57,13 +57,10 @@ def test_a_schedule_rises_from_0_to_1_with_its_stated_rate_and_inverse(name):
     assert torch.allclose(gamma_of(small).double(), gamma_of(small.double()), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name, message", [
-    *((name, "linear, cosine.*MD4's cosine is maskgit here")
-      for name in ("Linear", "power", "power0", "power-1", "powerx")),
-    *((name, "ambiguous.*SEDD and MDLM.*mdlm-loglinear.*elsewhere")
-      for name in ("loglinear", "log_linear"))])
-def test_an_unknown_or_ambiguous_schedule_is_refused(name, message):
-    with pytest.raises(common.UserError, match=message):
+@pytest.mark.parametrize("name", ["Linear", "power", "power0", "power-1", "powerx", "log_linear"])
+def test_an_unknown_or_ambiguous_schedule_is_refused(name):
+    with pytest.raises(common.UserError, match="ambiguous.*SEDD and MDLM.*mdlm-loglinear.*elsewhere"
+                       if "log" in name else "linear, cosine.*MD4's cosine is maskgit here"):
         get_schedule(name)
 
 
@@ -91,10 +88,10 @@ def test_independent_masks_have_the_rate_gamma(gamma):
     xt = mdlm_variants.mask_independently(x0, torch.full((n,), gamma), config(), generator(2))
     is_mask = xt == 3
     assert torch.equal(xt[~is_mask], x0[~is_mask])
-    error = is_mask.double().mean(0) - gamma
-    assert error.abs().max() <= 5 * math.sqrt(gamma * (1 - gamma) / n)
-    counts = is_mask.sum(1).bincount(minlength=5)
-    assert chi_square(counts, stats.binom(4, gamma).pmf(range(5))) > 1e-3 or gamma in (0, 1)
+    error = (is_mask.double().mean(0) - gamma).abs().max()
+    assert error <= 5 * math.sqrt(gamma * (1 - gamma) / n)
+    p = stats.binom(4, gamma).pmf(range(5))
+    assert gamma in (0, 1) or chi_square(is_mask.sum(1).bincount(minlength=5), p) > 1e-3
 
 
 def test_mask_tokens_masks_exactly_n_positions_all_subsets_alike():
@@ -376,7 +373,6 @@ def test_masked_logits_look_right_as_well_as_left():
     """(E2) p(. | x_t) at a mask depends on tokens on both sides; `is_target` only selects."""
     model, xt = tiny(shake=0.3)[0], torch.tensor([[1, 2, 7, 3, 7, 5]])
     logits = model(xt)
-    assert logits.shape == (1, 6, 7)
     for j in (0, 5):
         other = xt.clone()
         other[0, j] = 6

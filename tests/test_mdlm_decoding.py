@@ -142,12 +142,17 @@ def test_given_tokens_stay_where_they_are_in_a_long_row():
     is_mask = torch.rand(9, 17, generator=generator(2)) < 0.6
     is_mask[:, 6:10] = False
     given = given.masked_fill(is_mask, V)
-    for changes, block in itertools.product(
-            [*SAMPLERS, dict(ancestral=True), dict(sampler="threshold")], (0, 1, 4)):
-        cfg = config(vocab_size=V, seq_len=6, block=block, num_steps=4, guidance=1.0, length=17,
-                     **changes)
+    for changes, block in itertools.product((*SAMPLERS, dict(sampler="threshold")), (0, 1, 4)):
+        cfg = config(vocab_size=V, seq_len=6, block=block, num_steps=4, guidance=1.0, **changes)
         assert (frames(model, cfg, given) == given)[:, ~is_mask].all()
     assert {idx.shape[1] for idx in model.seen} == {6}
+
+
+@pytest.mark.xfail(strict=True, reason="waits for lab/decoding.py, which cuts the prompt")
+def test_a_length_shorter_than_the_prompt_is_refused():
+    cfg = config(vocab_size=9, seq_len=8, length=4)
+    with pytest.raises(common.UserError):
+        decode(blank(9), torch.tensor([[0, 1, 2, 3, 4, 9, 9, 9]]), cfg, generator(1))
 
 
 # ---- caches
@@ -273,6 +278,13 @@ def test_guided_samples_have_the_distribution_of_the_guided_table(order, w):
     model.seen.clear()
     assert torch.equal(frames(model, config(guidance=w)), frames(model, config()))
     assert len(model.seen) == 8
+
+
+@pytest.mark.xfail(strict=True, reason="waits for lab/decoding.py, which counts steps")
+def test_guidance_costs_two_evaluations_a_step():
+    model, x = Spy(MaskTable(T=4)), torch.tensor([[2, M, M, 0]])
+    _, nfe = decode(model, x, config(guidance=1.5), generator(1))
+    assert nfe == len(model.seen) == 4
 
 
 # ---- remasking
@@ -402,7 +414,7 @@ def test_positions_that_look_like_the_end_are_unmasked_last():
     want = [distribution(model, 4 * [transition(model, first_positions(model, score - c * last))])
             for c in (0, 10)]
     for flag in (False, True):
-        counts, _ = draw(model, config(order="maxprob", eos_last=flag, eos=EOS))
+        counts = draw(model, config(order="maxprob", eos_last=flag, eos=EOS))[0]
         assert chi_square(counts, want[flag]) > 1e-3 and chi_square(counts, want[not flag]) < 1e-6
 
 
@@ -456,8 +468,7 @@ def test_a_text_with_holes_becomes_a_canvas(infill, want):
     else ends in EOS and has room for one; running text has no end. What is wanted is filled. A
     prompt is open."""
     assert canvas(infill) == want and canvas("", prompt="ab c") == "ab c##########"
-    end = want if infill.endswith("___") else want.rstrip(".")
-    assert canvas(infill, rows="stream") == end
+    assert canvas(infill, "stream") == (want if infill.endswith("___") else want.rstrip("."))
     ids = torch.tensor([[(LETTERS + "??.#").index(c) for c in want]])
     x = frames(blank(HOLE), config(vocab_size=HOLE, seq_len=14, eos=END, num_steps=3), ids)
     assert (x[-1] == ids)[ids != HOLE].all()

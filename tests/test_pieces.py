@@ -80,12 +80,12 @@ def network_input(script, model, x):
 
 def config(script, **changes):
     """A small network; one token a step at random."""
-    default = dict(vocab_size=11, seq_len=8, n_layer=2, n_head=2, n_embd=16, rows="stream", eos=0,
-                   bos=0, lr=4e-3, warmup=10)
+    settings = dict(vocab_size=11, seq_len=8, n_layer=2, n_head=2, n_embd=16, rows="stream", eos=0,
+                    bos=0, lr=4e-3, warmup=10) | changes
     if script in (mdlm, mdlm_variants):
-        default |= dict(order="random", num_steps=0, temperature=1.0, remask="none")
-    names = {field.name for field in dataclasses.fields(script.Config)}
-    return script.Config(**{k: v for k, v in (default | changes).items() if k in names})
+        settings |= dict(order="random", num_steps=0, temperature=1.0, remask="none")
+        del settings["bos"]
+    return script.Config(**settings)
 
 
 def network(script, cfg, shake=0.3, seed=0):

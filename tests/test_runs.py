@@ -19,16 +19,14 @@ import torch
 from matplotlib import image
 from safetensors.torch import load_file
 
-import ar
 import bit_diffusion
-import common
+import common_v1 as common
 import diffugpt_varlen
 import dit_embed
-import mdlm
 import sdd
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [ar, mdlm, dit_embed, bit_diffusion, sdd, diffugpt_varlen]
+SCRIPTS = [dit_embed, bit_diffusion, sdd, diffugpt_varlen]
 both = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.NAME)
 FILES = {"config.json", "tokenizer.json", "log.jsonl", "model.safetensors", "state.pt",
          "samples.txt", "loss.png", "trace.png"}
@@ -141,7 +139,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(script, number, text, straight, quick
 
 KILL = """
 import os, signal, sys
-import common, {name}
+import common_v1 as common, {name}
 row = common.Run.train_row
 def train_row(self, step, *args, **kw):
     row(self, step, *args, **kw)
@@ -176,7 +174,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(script, text, straight, quick,
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_ctrl_c_in_the_terminal_saves_says_how_to_go_on_and_exits_with_130(text, tmp_path):
     out = tmp_path / "run"
-    process = spawn(ROOT / "ar.py", *flags(text, out, steps=10 ** 6, eval_every=10 ** 6))
+    process = spawn(ROOT / "bit_diffusion.py", *flags(text, out, steps=10 ** 6, eval_every=10 ** 6))
     deadline = time.time() + 600
     while time.time() < deadline and process.poll() is None and not (out / "log.jsonl").exists():
         time.sleep(0.1)
@@ -192,42 +190,42 @@ def test_a_stop_before_the_first_step_can_be_resumed_too(text, straight, quick, 
     with monkeypatch.context() as patch:
         patch.setattr(common.Run, "begin", lambda run: (begin(run), signal.raise_signal(2)))
         with pytest.raises(SystemExit):
-            ar.train(config(ar, text, tmp_path / "run"))
+            bit_diffusion.train(config(bit_diffusion, text, tmp_path / "run"))
     assert state(tmp_path / "run")["step"] == 0
-    ar.main(["--resume", "--out", str(tmp_path / "run")])
-    assert_as_if_undisturbed(tmp_path / "run", straight["ar"][0])
+    bit_diffusion.main(["--resume", "--out", str(tmp_path / "run")])
+    assert_as_if_undisturbed(tmp_path / "run", straight["bit_diffusion"][0])
 
 
 def test_a_second_ctrl_c_stops_at_once(text, quick, tmp_path, monkeypatch, capsys):
     at_step(monkeypatch, 3, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
-    monkeypatch.setattr(sys, "argv", ["ar.py", *flags(text, tmp_path / "run")])
+    monkeypatch.setattr(sys, "argv", ["bit_diffusion.py", *flags(text, tmp_path / "run")])
     with pytest.raises((SystemExit, KeyboardInterrupt)) as stop:
-        common.run_main(ar.main)
+        common.run_main(bit_diffusion.main)
     assert stop.type is SystemExit and stop.value.code == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
 
 
 def test_a_finished_run_can_be_given_more_steps(text, straight, quick, tmp_path):
-    out = shutil.copytree(straight["mdlm"][0], tmp_path / "run")
-    mdlm.main(["--resume", "--steps", "24", "--out", str(out)])
-    assert losses(out)[:20] == losses(straight["mdlm"][0])
+    out = shutil.copytree(straight["sdd"][0], tmp_path / "run")
+    sdd.main(["--resume", "--steps", "24", "--out", str(out)])
+    assert losses(out)[:20] == losses(straight["sdd"][0])
     assert [row["step"] for row in log(out, "train")] == list(range(1, 25))
     assert [row["step"] for row in log(out, "val")] == [0, 10, 20, 24]
 
 
 def test_a_new_run_in_an_old_folder_starts_afresh_and_keeps_the_old_log(text, straight, quick,
                                                                         tmp_path):
-    out = shutil.copytree(straight["ar"][0], tmp_path / "run")
-    ar.train(config(ar, text, out, steps=3, seed=1))
+    out = shutil.copytree(straight["bit_diffusion"][0], tmp_path / "run")
+    bit_diffusion.train(config(bit_diffusion, text, out, steps=3, seed=1))
     assert [row["step"] for row in log(out, "train")] == [1, 2, 3]
     assert len((out / "log.jsonl.old").read_text().splitlines()) > 20
 
 
 def test_a_new_run_that_cannot_start_leaves_the_old_one_as_it_was(text, straight, tmp_path):
-    out = shutil.copytree(straight["ar"][0], tmp_path / "run")
+    out = shutil.copytree(straight["bit_diffusion"][0], tmp_path / "run")
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     with pytest.raises(common.UserError):
-        ar.train(config(ar, tmp_path / "no such file.txt", out))
+        bit_diffusion.train(config(bit_diffusion, tmp_path / "no such file.txt", out))
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
@@ -258,9 +256,9 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_it_reaches_the_weigh
 
 def test_a_huge_learning_rate_ends_in_one_sentence(text, quick, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
-    monkeypatch.setattr(sys, "argv", ["mdlm.py", *flags(text, out, lr="1e30", grad_clip=0)])
+    monkeypatch.setattr(sys, "argv", ["sdd.py", *flags(text, out, lr="1e30", grad_clip=0)])
     with pytest.raises(SystemExit) as stop:
-        common.run_main(mdlm.main)
+        common.run_main(sdd.main)
     assert stop.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: the loss is ") and line.count("error") == 1
@@ -289,10 +287,10 @@ def test_a_crash_in_the_middle_of_a_checkpoint_leaves_the_one_before(text, strai
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", crash)
         with pytest.raises(MemoryError):
-            ar.train(config(ar, text, out))
+            bit_diffusion.train(config(bit_diffusion, text, out))
     assert state(out)["step"] == 5
-    ar.main(["--resume", "--out", str(out)])
-    assert_as_if_undisturbed(out, straight["ar"][0])
+    bit_diffusion.main(["--resume", "--out", str(out)])
+    assert_as_if_undisturbed(out, straight["bit_diffusion"][0])
 
 
 # ---- what a run leaves ---------------------------------------------------------------------------
@@ -325,7 +323,7 @@ def test_the_log_has_the_documented_fields(script, straight):
         assert row.keys() == {"kind", "step", "tokens", "bound", "rows", "nats_per_token",
                               "nats_per_token_se", "bits_per_byte"}
         assert row["tokens"] == row["step"] * cfg.batch_size * cfg.seq_len
-        assert row["bound"] == {"ar": "exact"}.get(script.NAME, "upper")
+        assert row["bound"] == "upper"
         assert math.isclose(row["bits_per_byte"], row["nats_per_token"] / math.log(2) *
                             row["rows"] * cfg.seq_len / size_in_bytes(script, cfg), rel_tol=1e-5)
     assert [row["step"] for row in log(out, "val")] == [0, 10, 20]
@@ -342,10 +340,10 @@ def size_in_bytes(script, cfg):
 
 def test_on_documents_the_log_has_nats_per_document_and_on_tales_the_distance_to_the_floor(
         text, quick, tmp_path):
-    ar.train(config(ar, text, tmp_path / "docs", rows="docs", seq_len=64, steps=1))
+    bit_diffusion.train(config(bit_diffusion, text, tmp_path / "docs", rows="docs", seq_len=64, steps=1))
     row = log(tmp_path / "docs", "val")[-1]
     assert {"nats_per_doc", "se"} <= row.keys() and not {"floor_per_doc", "gap"} & row.keys()
-    ar.train(config(ar, "tales", tmp_path / "tales", tokenizer="bpe", docs=60, seq_len=160,
+    bit_diffusion.train(config(bit_diffusion, "tales", tmp_path / "tales", tokenizer="bpe", docs=60, seq_len=160,
                     steps=1))
     row = log(tmp_path / "tales", "val")[-1]
     assert math.isclose(row["gap"], row["nats_per_doc"] - row["floor_per_doc"], abs_tol=1e-5)
@@ -357,7 +355,7 @@ def test_the_progress_and_both_likelihood_units_are_printed_at_every_evaluation(
         script, text, quick, tmp_path, capsys):
     script.train(config(script, text, tmp_path / "run"))
     out, err = capsys.readouterr()
-    sign = "=" if script is ar else "<="
+    sign = "<="
     shown = [line for line in out.splitlines() if line.startswith("step ")]
     assert len(shown) == 3
     assert all(f"{sign} " in line and "nats/token" in line and "bits/byte" in line
@@ -386,22 +384,20 @@ def test_the_average_follows_its_formula_and_ema_0_is_the_raw_model(text, quick,
         seen.append([m.head.weight.detach().clone() for m in (model, ema)])
         save(run, step, tokenizer, model, ema, *rest)
     monkeypatch.setattr(common.Run, "save", keep)
-    ar.train(config(ar, text, tmp_path / "run", steps=6, save_every=1, ema=0.3))
+    bit_diffusion.train(config(bit_diffusion, text, tmp_path / "run", steps=6, save_every=1, ema=0.3))
     average = torch.zeros_like(seen[0][0])  # the head starts at zero
     for step, (raw, ema) in enumerate(seen, 1):
         keep = min(0.3, (1 + step) / (10 + step))
         average = keep * average + (1 - keep) * raw
         torch.testing.assert_close(ema, average)
-    ar.train(config(ar, text, tmp_path / "raw", steps=3, ema=0))
+    bit_diffusion.train(config(bit_diffusion, text, tmp_path / "raw", steps=3, ema=0))
     assert same(load_file(tmp_path / "raw/model.safetensors"), state(tmp_path / "raw")["model"])
 
 
 # ---- sharing the work ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script, changes", [
-    (ar, {}), (ar, dict(rows="docs")), (mdlm, {}), (mdlm, dict(loss="ce_batch")),
-    (mdlm, dict(loss="nelbo", exact_count=False)), (dit_embed, {}), (dit_embed, dict(loss="vlb"))],
-    ids=["ar", "ar_docs", "mdlm", "ce_batch", "nelbo", "dit_embed", "vlb"])
+    (dit_embed, {}), (dit_embed, dict(loss="vlb"))], ids=["dit_embed", "vlb"])
 def test_two_micro_batches_of_four_are_one_batch_of_eight(script, changes, text, quick, tmp_path):
     for name, size in dict(one=dict(batch_size=8), two=dict(batch_size=4, grad_accum=2)).items():
         script.train(config(script, text, tmp_path / name, lr=1e-3, **changes, **size))
@@ -447,23 +443,10 @@ def test_averaging_leaves_out_weights_that_have_no_gradient(monkeypatch):
 def test_a_batch_that_the_processes_cannot_share_is_refused(text, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(common.UserError, match="--batch-size 4 must be a multiple of the 3 proces"):
-        ar.train(config(ar, text, tmp_path / "run"))
+        bit_diffusion.train(config(bit_diffusion, text, tmp_path / "run"))
 
 
 # ---- speed and loggers ---------------------------------------------------------------------------
-
-@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"),
-                    reason="torch.compile needs a C++ compiler")
-def test_a_compiled_model_has_the_losses_of_a_plain_one(text, straight, quick, tmp_path,
-                                                        monkeypatch):
-    compiled, compile_ = [], torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile",
-                        lambda block: (compiled.append(block), compile_(block)))
-    mdlm.train(config(mdlm, text, tmp_path / "run", steps=4, compile=True))
-    fast, plain = ([row[1] for row in losses(out)] for out in (tmp_path / "run",
-                                                               straight["mdlm"][0]))
-    assert compiled and fast == pytest.approx(plain[:4], abs=1e-3) and fast[3] < fast[0] - 0.05
-
 
 def test_tensorboard_and_wandb_receive_every_number_of_the_log(text, quick, tmp_path, monkeypatch):
     heard = []
@@ -473,8 +456,8 @@ def test_tensorboard_and_wandb_receive_every_number_of_the_log(text, quick, tmp_
                            log=lambda row, step: heard.extend((*kv, step) for kv in row.items()))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     monkeypatch.setitem(sys.modules, "wandb", bias)
-    cfg = config(ar, text, tmp_path / "run", steps=2, log="tensorboard,wandb")
-    ar.train(dataclasses.replace(cfg))
+    cfg = config(bit_diffusion, text, tmp_path / "run", steps=2, log="tensorboard,wandb")
+    bit_diffusion.train(dataclasses.replace(cfg))
     first = log(tmp_path / "run", "train")[0]["loss"]
     said = [round(item[1], 6) for item in heard if item != 1337 and item[::2] == ("train/loss", 1)]
     assert 1337 in heard and said == [first, first]
@@ -484,9 +467,9 @@ def test_tensorboard_and_wandb_receive_every_number_of_the_log(text, quick, tmp_
 def test_a_logger_that_is_not_installed_is_named_with_its_pip_command(name, tmp_path, monkeypatch,
                                                                       capsys):
     monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(sys, "argv", ["ar.py", "--log", name, "--out", str(tmp_path / "run")])
+    monkeypatch.setattr(sys, "argv", ["bit_diffusion.py", "--log", name, "--out", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as stop:
-        common.run_main(ar.main)
+        common.run_main(bit_diffusion.main)
     assert stop.value.code == 2 and not (tmp_path / "run").exists()
     assert capsys.readouterr().err == f"error: --log {name} needs: pip install {name}\n"
 

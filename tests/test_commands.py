@@ -1,0 +1,232 @@
+"""Every command that a README or a docstring shows is understood, and every file of lab/ is a
+command that works on a checkpoint."""
+import ast
+import contextlib
+import importlib
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ar
+import common
+import common_v1
+import mdlm
+from harness import ROOT, small_text
+from lab import ar_extra, decoding, figures, mdlm_eval, mdlm_variants, metrics, scaling
+
+OLD = ("dit_embed", "bit_diffusion", "sdd", "diffugpt_varlen")
+LAB = dict(ar_extra=ar_extra, decoding=decoding, figures=figures, mdlm_eval=mdlm_eval,
+           mdlm_variants=mdlm_variants, metrics=metrics, scaling=scaling)
+
+
+def written_down():
+    """Every command in a code block or table of a README, or in a docstring's indented lines."""
+    lines = []
+    for path in (ROOT / "README.md", ROOT / "lab/README.md"):
+        text = path.read_text("utf-8")
+        blocks = re.findall(r"```(?:sh|bash|shell)\n(.*?)```", text, re.S)
+        lines += [re.split(r"\s+#", line)[0] for line in "".join(blocks).splitlines()]
+        lines += [code for row in text.splitlines() if row.startswith("|")
+                  for code in re.findall(r"`(python [^`]*)`", row)]
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("results/*.py"),
+                 *ROOT.glob("lab/*.py")]:
+        doc = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+        lines += [re.split(r"\s{2,}", line.strip())[0] for line in doc.splitlines()
+                  if line.startswith("    ")]
+    commands = [part.strip() for line in lines for part in line.split("&&")]
+    return sorted({c for c in commands if re.match("python|torchrun|pip", c)})
+
+
+class Enough(Exception):
+    """The command line was understood."""
+
+
+def stop(*_, **__):
+    raise Enough
+
+
+@pytest.mark.parametrize("command", written_down())
+def test_every_command_that_is_written_down_is_understood(command, monkeypatch, tmp_path):
+    words = shlex.split(command)
+    if words[0] == "torchrun":
+        assert words[1] == "--nproc-per-node"
+        words[:3] = ["python"]
+    if words[0] == "pip" or words[1] == "-m" and words[2] == "pytest":
+        assert command in ("pip install -r requirements.txt", "python -m pytest"), command
+        return
+    path, argv = words[1], words[2:]
+    module = path.removesuffix(".py").replace("/", ".")
+    assert (ROOT / path).exists()
+    monkeypatch.setattr(sys, "argv", [path, *argv])
+    monkeypatch.setattr(common, "load_config", lambda Config, out: Config())
+    for script in (ar, mdlm):
+        monkeypatch.setattr(script, "train", stop)
+    monkeypatch.setattr(common, "Run", stop)
+    if module in OLD:
+        script = importlib.import_module(module)
+        monkeypatch.setattr(script, "train", stop)
+        monkeypatch.setattr(common_v1, "Run", stop)
+        monkeypatch.setattr(common_v1, "load_config", lambda Config, out: Config())
+        main = script.main
+    elif module.split(".")[-1] in LAB:
+        main = LAB[module.split(".")[-1]].main
+        monkeypatch.setattr(metrics, "load_judge", stop)
+        for name in ("run", "draw"):
+            monkeypatch.setattr(scaling, name, stop)
+        if module == "lab.metrics":
+            Path(tmp_path / "out/mdlm").mkdir(parents=True)
+            (tmp_path / "out/mdlm/samples.txt").write_text("a")
+            monkeypatch.chdir(tmp_path)
+    elif module in ("ar", "mdlm"):
+        main = importlib.import_module(module).main
+    elif module == "data.prepare":
+        from data import prepare
+        usage = {"NAME|PATH": "tales", "NAME": "tales", "T": "byte", "N": "300", "DIR": "cache",
+                 "auto|lines": "lines"}
+        argv = [usage.get(word.strip("[]"), word.strip("[]")) for word in argv]
+        monkeypatch.setattr(prepare, "prepare", stop)
+        main = prepare.main
+    elif module == "data.tales":
+        from data import tales
+        usage = {"FILE": str(ROOT / "README.md"), "TEXT": "once upon a time"}
+        argv = [usage.get(word.strip("[]"), word.strip("[]")) for word in argv]
+        for name in ("stories", "entropy", "Tales"):
+            monkeypatch.setattr(tales, name, stop)
+        main = tales.main
+    elif module == "compare":
+        import compare
+        for name in ("train", "measure", "publish", "spread", "make_film"):
+            monkeypatch.setattr(compare, name, stop)
+        monkeypatch.setattr(compare, "folder_of", lambda budget: tmp_path)
+        main = compare.main
+    else:
+        arguments = {"results/collect.py": 2, "results/speed.py": 0}
+        assert arguments.get(path) == len(argv), f"nobody checks {command}"
+        return
+    with pytest.raises(Enough):
+        main(argv)
+
+
+def test_there_are_commands_to_check_and_each_lab_file_has_one():
+    found = written_down()
+    for name in ("ar.py", "mdlm.py", "data/prepare.py", "compare.py", *(f"lab/{n}.py" for n in LAB)):
+        assert any(name in command for command in found), name
+    assert {path.stem for path in ROOT.glob("lab/*.py")} == LAB.keys()
+    for path in ROOT.glob("lab/*.py"):
+        assert f"`{path.name}`" in (ROOT / "lab/README.md").read_text("utf-8"), path
+
+
+@pytest.mark.parametrize("how", [["lab/{}.py"], ["-m", "lab.{}"]], ids=["path", "module"])
+def test_lab_files_start_by_path_and_as_modules(how):
+    for name in ("mdlm_eval", "decoding"):  # those that import most
+        done = subprocess.run([sys.executable, *(part.format(name) for part in how), "--help"],
+                              cwd=ROOT, text=True, capture_output=True, timeout=120)
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        assert LAB[name].__doc__.split("\n")[0] in done.stdout
+
+
+# ---- lab commands on tiny checkpoints ------------------------------------------------------------
+
+FLAGS = ("--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --seq-len 32 --batch-size 4 --steps 4 "
+         "--warmup 1 --eval-every 4 --device cpu --dtype float32").split()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Runs of ar.py and mdlm.py on documents of a small text."""
+    home = tmp_path_factory.mktemp("lab")
+    small_text(home / "small.txt")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setenv("TEXT_DIFFUSION_CACHE", str(home / "cache"))
+        for script in (ar, mdlm):
+            script.main(["--data", str(home / "small.txt"), "--rows", "docs", *FLAGS, "--out",
+                         str(home / script.__name__)])
+        yield home
+
+
+def said(name, capsys, *argv):
+    """What a file of lab/ prints."""
+    capsys.readouterr()
+    LAB[name].main([*map(str, argv)])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [
+    "--block 8 --cache prefix", "--block 8 --cache dual", "--prompt the --guidance 1",
+    "--sampler threshold --threshold 0.1 --remask none", "--sampler low_confidence --remask none",
+    "--length 80 --block 8 --eos-fill", "--order random --ancestral --sampling-schedule cosine",
+    "--remask random --remask-rule rescale --remask-eta 0.1", "--eos-last", "--infill the___3a"])
+def test_every_decoder_samples_from_a_run_of_mdlm(flags, home, capsys):
+    shown = said("decoding", capsys, "sample", "--out", home / "mdlm", "--num-samples", 2,
+                 *flags.split())
+    assert "num_samples 2, nfe " in shown
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--cache dual --guidance 1", "--cache keeps no keys for the second evaluation"),
+    ("--sampler threshold", "--sampler threshold does not remask: add --remask none"),
+    ("--threshold 2", "--threshold is 2.0, more than 1"),
+    ("--sampling-schedule loglinear", "schedule 'loglinear' is ambiguous"),
+    ("--sampling-schedule sigmoid", "choose linear, cosine, log-linear, mdlm-loglinear, maskgit or")])
+def test_decoders_that_cannot_work_are_refused(flags, sentence, home):
+    with pytest.raises(common.UserError, match=re.escape(sentence)):
+        decoding.main(["sample", "--out", str(home / "mdlm"), *flags.split()])
+
+
+@pytest.mark.parametrize("flags", [
+    "--schedule cosine --loss nelbo --cond add", "--loss mean_per_batch --cond table",
+    "--cond adaln --no-exact-count --t-sampler iid", "--schedule power2 --t-sampler antithetic"])
+def test_every_variant_of_mdlm_trains_samples_and_is_evaluated(flags, home, capsys, tmp_path):
+    shown = said("mdlm_variants", capsys, "--data", home / "small.txt", *FLAGS, "--out",
+                 tmp_path / "run", *flags.split())
+    assert "<= " in shown and "nfe 32" in shown
+    assert "<= " in said("mdlm_variants", capsys, "eval", "--out", tmp_path / "run")
+    assert "nfe" in said("decoding", capsys, "sample", "--out", tmp_path / "run")
+
+
+def test_the_suite_writes_its_rows_and_figures(home, capsys):
+    out = home / "mdlm"
+    shown = said("mdlm_eval", capsys, "--out", out, "--judge", home / "ar", "--orders", "random",
+                 "margin", "--steps", 4, 8, "--num-samples", 8, "--rows", 20, "--temperature", 1,
+                 "--remask", "none")
+    rows = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+    assert [row["kind"] for row in rows] == (
+        ["config", "baseline", "test"] + 2 * ["steps"] + 4 * ["accuracy"] + 3 * ["infill"] +
+        ["real"] + 4 * ["samples"])
+    assert f"test: <= {rows[2]['nats_per_token']:.3f} nats/token" in shown
+    assert [(r["order"], r["num_steps"], r["nfe"]) for r in rows[-4:]] == [
+        (order, n, n) for order in ("random", "margin") for n in (4, 8)]
+    assert all(r["gen_nll"] > 0 and r["temperature"] == 1 and r["remask"] == "none"
+               for r in rows[-4:]) and rows[0]["config"]["steps"] == 4
+    for name in ("integrand.png", "quality.png"):
+        assert (out / name).stat().st_size > 5000
+    assert "no generative NLL" in said(
+        "mdlm_eval", capsys, "--out", out, "--judge", home / "none", "--orders", "l2r", "--steps", 4,
+        "--num-samples", 4, "--rows", 20)
+
+
+def test_figures_metrics_and_what_ar_leaves_out(home, capsys):
+    assert "trajectory.png" in said("figures", capsys, "--out", home / "mdlm")
+    assert (home / "mdlm/trajectory.png").stat().st_size > 5000
+    shown = said("metrics", capsys, "--samples", home / "mdlm/samples.txt", "--judge", home / "ar")
+    assert "gen_nll " in shown and "distinct_2 " in shown
+    with pytest.raises(common.UserError, match="train ar.py"):
+        metrics.main(["--samples", str(home / "mdlm/samples.txt"), "--judge", str(home / "none")])
+    assert "num_samples 2" in said("ar_extra", capsys, "sample", "--out", home / "ar",
+                                   "--num-samples", 2, "--repetition-penalty", 1.5)
+    assert "by Bayes' rule over 257 fillings" in said("ar_extra", capsys, "eval", "--out",
+                                                      home / "ar", "--num-samples", 2)
+
+
+def test_text_metrics_count_what_they_say():
+    row = metrics.text_metrics([[1, 1, 2], [1, 2]])
+    assert row["distinct_1"] == 2 / 5 and row["distinct_2"] == 2 / 3  # 11 12 12
+    assert row["distinct_3"] == 1 and row["repetition"] == 1 / 3
+    assert row["entropy"] == pytest.approx(0.6730116670092563)
+    assert set(metrics.text_metrics([[], []]).values()) == {0}
