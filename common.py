@@ -58,12 +58,12 @@ def parse(Config, presets, argv):
 
 
 def check(cfg, stored):
-    """One UserError about all values that cannot work: an int must be at least 1, or 0 where that
-    is its default, a float at least 0, and CHECKPOINT_KEYS as in `stored`."""
+    """One UserError about all values that cannot work: an int must be at least 1 (0 where that is
+    the default, and num_steps), a float at least 0, and CHECKPOINT_KEYS as in `stored`."""
     bad = cfg.problems() if hasattr(cfg, "problems") else []
     for field in dataclasses.fields(cfg):
         value, flag = getattr(cfg, field.name), f"--{field.name.replace('_', '-')}"
-        least = min(field.default, 1) if field.type is int else 0
+        least = 1 if field.type is int and field.default and field.name != "num_steps" else 0
         if field.type in (int, float) and not least <= value < 2 ** 31:  # nan is refused, too
             bad.append(f"{flag} is {value}, it must be at least {least} and less than 2^31")
         if field.name in CHECKPOINT_KEYS and value != getattr(stored, field.name):

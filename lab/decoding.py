@@ -4,7 +4,7 @@ schedules, the ancestral sampler, LLaDA's and ReMDM's remasking, rules for EOS.
 
     python lab/decoding.py sample --block 32 --cache prefix
     python lab/decoding.py sample --prompt "Once upon a time" --guidance 1
-    python lab/decoding.py sample --sampler threshold --threshold 0.9
+    python lab/decoding.py sample --sampler threshold --threshold 0.9 --remask none
     python lab/decoding.py sample --sampler low_confidence --remask none
     python lab/decoding.py sample --length 400 --block 40 --eos-fill
     python lab/decoding.py sample --order random --ancestral --sampling-schedule cosine

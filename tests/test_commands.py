@@ -115,7 +115,8 @@ def test_every_command_that_is_written_down_is_understood(command, monkeypatch, 
 
 def test_there_are_commands_to_check_and_each_lab_file_has_one():
     found = written_down()
-    for name in ("ar.py", "mdlm.py", "data/prepare.py", "compare.py", *(f"lab/{n}.py" for n in LAB)):
+    for name in ("ar.py", "mdlm.py", "data/prepare.py", "compare.py",
+                 *(f"lab/{name}.py" for name in LAB)):
         assert any(name in command for command in found), name
     assert {path.stem for path in ROOT.glob("lab/*.py")} == LAB.keys()
     for path in ROOT.glob("lab/*.py"):
@@ -133,8 +134,8 @@ def test_lab_files_start_by_path_and_as_modules(how):
 
 # ---- lab commands on tiny checkpoints ------------------------------------------------------------
 
-FLAGS = ("--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --seq-len 32 --batch-size 4 --steps 4 "
-         "--warmup 1 --eval-every 4 --device cpu --dtype float32").split()
+FLAGS = ("--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --seq-len 32 --batch-size 4 "
+         "--steps 4 --warmup 1 --eval-every 4 --device cpu --dtype float32").split()
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +174,7 @@ def test_every_decoder_samples_from_a_run_of_mdlm(flags, home, capsys):
     ("--sampler threshold", "--sampler threshold does not remask: add --remask none"),
     ("--threshold 2", "--threshold is 2.0, more than 1"),
     ("--sampling-schedule loglinear", "schedule 'loglinear' is ambiguous"),
-    ("--sampling-schedule sigmoid", "choose linear, cosine, log-linear, mdlm-loglinear, maskgit or")])
+    ("--sampling-schedule sigmoid", "choose linear, cosine, log-linear, mdlm-loglinear, maskgit")])
 def test_decoders_that_cannot_work_are_refused(flags, sentence, home):
     with pytest.raises(common.UserError, match=re.escape(sentence)):
         decoding.main(["sample", "--out", str(home / "mdlm"), *flags.split()])
@@ -207,8 +208,8 @@ def test_the_suite_writes_its_rows_and_figures(home, capsys):
     for name in ("integrand.png", "quality.png"):
         assert (out / name).stat().st_size > 5000
     assert "no generative NLL" in said(
-        "mdlm_eval", capsys, "--out", out, "--judge", home / "none", "--orders", "l2r", "--steps", 4,
-        "--num-samples", 4, "--rows", 20)
+        "mdlm_eval", capsys, "--out", out, "--judge", home / "none", "--orders", "l2r",
+        "--steps", 4, "--num-samples", 4, "--rows", 20)
 
 
 def test_figures_metrics_and_what_ar_leaves_out(home, capsys):

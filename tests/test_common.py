@@ -31,8 +31,8 @@ from harness import ROOT, Fork, small_text
 SCRIPTS = dict(ar=ar, mdlm=mdlm)
 each = pytest.mark.parametrize("name", SCRIPTS)
 posix = pytest.mark.skipif(os.name == "nt", reason="processes and signals of POSIX")
-FLAGS = ("--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --seq-len 32 --batch-size 4 --steps 8 "
-         "--warmup 2 --eval-every 2 --device cpu --dtype float32").split()
+FLAGS = ("--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --seq-len 32 --batch-size 4 "
+         "--steps 8 --warmup 2 --eval-every 2 --device cpu --dtype float32").split()
 STEPS = 8
 FILES = {"log.jsonl", "model.safetensors", "state.pt", "samples.txt", "loss.png"}
 
@@ -127,7 +127,7 @@ def contents(folder):
 
 
 def assert_as_if_undisturbed(out, other):
-    """Losses, evaluations and weights of the undisturbed run, no row twice, nothing half-written."""
+    """Losses, evaluations and weights of the undisturbed run, and nothing half-written."""
     assert losses(out) == losses(other) and len(losses(out)) >= STEPS
     assert log(out, "val") == log(other, "val")
     assert same(load_file(out / "model.safetensors"), load_file(other / "model.safetensors"))
@@ -260,8 +260,8 @@ def test_a_text_with_holes_becomes_a_canvas(infill, rows, want):
     ("--sampling-steps 3", "Unrecognized options: --sampling-steps"),
     ("frobnicate", "unknown command 'frobnicate': choose train, sample or eval"),
     ("--steps abc", "invalid literal"), ("--steps", "Missing value for argument '--steps'"),
-    ("--preset huge", "huge"), ("--device tpu", "tpu"), ("--rows x", "docs"), ("--dtype half", "half"),
-    ("--log y", "tensorboard"), ("--split x", "lines"),
+    ("--preset huge", "huge"), ("--device tpu", "tpu"), ("--rows x", "docs"),
+    ("--dtype half", "half"), ("--log y", "tensorboard"), ("--split x", "lines"),
     ("--batch-size 0", "--batch-size is 0, it must be at least 1"),
     ("--warmup 0", "--warmup is 0, it must be at least 1"),
     ("--lr nan", "--lr is nan, it must be at least 0"),
@@ -474,8 +474,9 @@ def test_a_likelihood_in_all_units_by_hand():
     assert row["nats_per_token"] == 9 / 6 and row["nats_per_doc"] == 4.5 and row["gap"] == 1.5
     assert row["bits_per_byte"] == pytest.approx(9 / math.log(2) / 8) and row["se"] == 1.5
     assert row["entropy_per_doc"] == 3 and row["gap_se"] == 0.5
-    assert units.report(row) == ("<= 1.500 nats/token (perplexity 4.48, 1.623 bits/byte), <= 4.5 +- "
-                                 "1.5 nats/document = entropy 3.0 + gap 1.5 +- 0.5")
+    assert units.report(row) == (
+        "<= 1.500 nats/token (perplexity 4.48, 1.623 bits/byte), <= 4.5 +- 1.5 nats/document = "
+        "entropy 3.0 + gap 1.5 +- 0.5")
     cfg.rows = "stream"
     row = units.likelihood(torch.tensor([6.0, 3.0]), torch.ones(2, 4).long(), None, tokenizer, cfg,
                            "exact")
@@ -661,7 +662,8 @@ def test_the_average_follows_its_formula_and_ema_0_is_the_raw_model(home, quick,
         average = share * average + (1 - share) * raw
         torch.testing.assert_close(ema, average)
     saved = load_file(tmp_path / "run/model.safetensors")
-    assert same(saved, dict(model.state_dict())) and same(saved, state(tmp_path / "run")["parts"][1])
+    assert same(saved, dict(model.state_dict()))
+    assert same(saved, state(tmp_path / "run")["parts"][1])
     ar.train(config("ar", home, tmp_path / "raw", steps=3, ema=0.0))
     assert same(*state(tmp_path / "raw")["parts"][:2])
 

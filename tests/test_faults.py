@@ -340,7 +340,8 @@ def test_data_that_do_not_fit_and_folders_that_are_none(home, fork, straight, tm
     assert "cannot prepare" in one_sentence(code, err) and not (tmp_path / "run").exists()
     assert {*(home / "cache").iterdir()} == before
     for out in ("/dev/null", "/dev/null/run", *["/proc/run"] * Path("/proc/self").exists()):
-        assert f"cannot write to {out} (" in one_sentence(*fork("bit_diffusion", line(home, "bit_diffusion", out)))
+        said = fork("bit_diffusion", line(home, "bit_diffusion", out))
+        assert f"cannot write to {out} (" in one_sentence(*said)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -575,7 +576,8 @@ def test_a_checkpoint_without_checksums_goes_on(home, fork, straight, tmp_path):
         code, err = fork("bit_diffusion", argv, *how)
         assert code == (-signal.SIGKILL if how else 0), err
         assert fork("bit_diffusion", ["sample", "--n", 1, "--out", out])[0] == 0
-    assert len(losses(out)) == STEPS + 1 and losses(out)[:STEPS] == losses(straight / "bit_diffusion")
+    assert len(losses(out)) == STEPS + 1
+    assert losses(out)[:STEPS] == losses(straight / "bit_diffusion")
 
 
 # ---- mistakes ------------------------------------------------------------------------------------

@@ -340,11 +340,12 @@ def size_in_bytes(script, cfg):
 
 def test_on_documents_the_log_has_nats_per_document_and_on_tales_the_distance_to_the_floor(
         text, quick, tmp_path):
-    bit_diffusion.train(config(bit_diffusion, text, tmp_path / "docs", rows="docs", seq_len=64, steps=1))
+    bit_diffusion.train(config(bit_diffusion, text, tmp_path / "docs", rows="docs", seq_len=64,
+                               steps=1))
     row = log(tmp_path / "docs", "val")[-1]
     assert {"nats_per_doc", "se"} <= row.keys() and not {"floor_per_doc", "gap"} & row.keys()
-    bit_diffusion.train(config(bit_diffusion, "tales", tmp_path / "tales", tokenizer="bpe", docs=60, seq_len=160,
-                    steps=1))
+    bit_diffusion.train(config(bit_diffusion, "tales", tmp_path / "tales", tokenizer="bpe", docs=60,
+                               seq_len=160, steps=1))
     row = log(tmp_path / "tales", "val")[-1]
     assert math.isclose(row["gap"], row["nats_per_doc"] - row["floor_per_doc"], abs_tol=1e-5)
     assert 30 < row["floor_per_doc"] < row["nats_per_doc"] and row["gap_se"] > 0
@@ -384,7 +385,8 @@ def test_the_average_follows_its_formula_and_ema_0_is_the_raw_model(text, quick,
         seen.append([m.head.weight.detach().clone() for m in (model, ema)])
         save(run, step, tokenizer, model, ema, *rest)
     monkeypatch.setattr(common.Run, "save", keep)
-    bit_diffusion.train(config(bit_diffusion, text, tmp_path / "run", steps=6, save_every=1, ema=0.3))
+    bit_diffusion.train(config(bit_diffusion, text, tmp_path / "run", steps=6, save_every=1,
+                               ema=0.3))
     average = torch.zeros_like(seen[0][0])  # the head starts at zero
     for step, (raw, ema) in enumerate(seen, 1):
         keep = min(0.3, (1 + step) / (10 + step))
@@ -467,7 +469,8 @@ def test_tensorboard_and_wandb_receive_every_number_of_the_log(text, quick, tmp_
 def test_a_logger_that_is_not_installed_is_named_with_its_pip_command(name, tmp_path, monkeypatch,
                                                                       capsys):
     monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(sys, "argv", ["bit_diffusion.py", "--log", name, "--out", str(tmp_path / "run")])
+    monkeypatch.setattr(sys, "argv", ["bit_diffusion.py", "--log", name, "--out",
+                                      str(tmp_path / "run")])
     with pytest.raises(SystemExit) as stop:
         common.run_main(bit_diffusion.main)
     assert stop.value.code == 2 and not (tmp_path / "run").exists()
