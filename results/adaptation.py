@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import common
+import common_v1 as common
 import diffugpt_varlen as script
 
 PARENT, STEPS, EVERY, SEEDS = 300, 300, 50, (1337, 1, 2)

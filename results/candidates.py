@@ -16,8 +16,12 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ar
 import common
+import common_v1
+import compare
 import mdlm
 import sdd
+from data.prepare import load_data
+from data.units import se
 
 BUDGET = dict(steps=400, eval_every=400, seed=1337, device="cpu")
 CASES = {  # name: (script, what is changed); the first is the default
@@ -53,15 +57,18 @@ def run(name, script, changed, steps=BUDGET["steps"]):
     model = script.train(cfg)
     trained = [json.loads(line) for line in open(out / "log.jsonl")]
     seconds = [row["seconds"] for row in trained if row["kind"] == "train"][-1]
-    x0 = script.get_eval_rows("val", cfg, 128)[0]
-    with common.precision(torch.device("cpu"), cfg.dtype)[0]:
+    data = load_data(cfg) if script is not sdd else None
+    x0, g = compare.eval_rows(script, cfg, data, "val", 128)[0], torch.Generator().manual_seed(0)
+    with compare.amp(model, cfg):
         if script is ar:
-            nats = ar.nll(model, x0, cfg)[0]
+            nats = ar.nll(model, x0, cfg)
+        elif script is mdlm:
+            nats = mdlm.nelbo(model, x0, cfg, g, 32)
         else:
-            nats = script.nelbo(model, x0, cfg, torch.Generator().manual_seed(0), 32)[0]
+            nats = sdd.nelbo(model, x0, cfg, g, 32)[0]
     row = dict(name=name, changed=changed, steps=steps, seconds=seconds,
                bound="exact" if script is ar else "upper",
-               nats_per_story=nats.double().mean().item(), se=common.se(nats.double()))
+               nats_per_story=nats.double().mean().item(), se=se(nats.double()))
     (out / "row.json").write_text(json.dumps(row))
     return row
 
@@ -72,7 +79,7 @@ def step_seconds(changed):
     g = torch.Generator().manual_seed(0)
     model, x0 = sdd.Model(cfg), sdd.get_batch("train", cfg, g)
     took = []
-    with common.precision(torch.device("cpu"), cfg.dtype)[0]:
+    with compare.amp(model, cfg):
         for _ in range(12):
             start = time.perf_counter()
             sdd.loss_fn(model, x0, cfg, g)[0].backward()
@@ -115,9 +122,9 @@ def draw(made):
 def main():
     if sys.argv[1:] == ["draw"]:
         return draw(json.loads(TARGET.read_text()))
-    for script in (sdd, mdlm, ar):  # samples and evaluations on the way are not needed here
-        script.grade = lambda *a, **k: None
-    common.Run.validate = common.plot_loss = lambda *a, **k: None
+    sdd.grade = common.show_samples = lambda *a, **k: None  # samples, evaluations on the way
+    for plumbing in (common, common_v1):
+        plumbing.Run.validate = plumbing.plot_loss = lambda *a, **k: None
     rows, kept = [run(name, *case) for name, case in CASES.items()], Path("out/ratio.json")
     if not kept.exists():
         kept.write_text(str(step_seconds(dict(attention="full")) / step_seconds({})))

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import bit_diffusion
-import common
+import common_v1 as common
 
 SMALL = dict(steps=300, n_layer=2, n_embd=128, eval_every=300, device="cpu")
 CODES = ("id", "random", "frequency", "semantic")

@@ -9,13 +9,15 @@ from pathlib import Path
 
 
 def collect(out, target, every=25):
-    """Copy a run folder's config.json and log.jsonl into one small JSON-lines file."""
-    made = json.loads((Path(out) / "config.json").read_text())
-    del made["config"]["data_dir"]  # a path of the machine it ran on
-    made.pop("sha256", None)  # of the file with it
+    """Copy what made a run and its log into one small JSON-lines file."""
     rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["kind"] != "train" or row["step"] % every == 0]
-    lines = [json.dumps(row) for row in [dict(kind="config", **made), *rows]]
+    if (Path(out) / "config.json").exists():  # a script on common_v1.py: the log has no such row
+        made = json.loads((Path(out) / "config.json").read_text())
+        del made["config"]["data_dir"]  # a path of the machine it ran on
+        made.pop("sha256", None)  # of the file with it
+        rows.insert(0, dict(kind="config", **made))
+    lines = [json.dumps(row) for row in rows]
     Path(target).write_text("\n".join(lines) + "\n")
     return len(lines)
 

@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import common
+import common_v1 as common
 import dit_embed
 
 STEPS = 400

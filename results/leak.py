@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import common
+import common_v1 as common
 import sdd
 
 BUDGET = dict(steps=300, eval_every=300, seed=1337, device="cpu")

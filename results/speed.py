@@ -30,22 +30,26 @@ sys.path.insert(0, str(ROOT))
 import ar
 import bit_diffusion
 import common
+import compare
 import diffugpt_varlen
 import dit_embed
 import mdlm
 import sdd
+from data.prepare import load_data
+from lab import decoding, mdlm_variants
 
-SCRIPTS = {s.NAME: s for s in (ar, mdlm, dit_embed, bit_diffusion, sdd, diffugpt_varlen)}
+SCRIPTS = {s.__name__: s for s in (ar, mdlm, dit_embed, bit_diffusion, sdd, diffugpt_varlen)}
 BF16 = torch.autocast("cpu", torch.bfloat16)
 FP32 = torch.autocast("cpu", enabled=False)
-ONE = "one_token_a_call"  # how samples of a Config without changes are drawn
-MDLM = {  # settings of mdlm.sample that are timed besides these and FAST
-    "maxprob_32": dict(order="maxprob", quota="even", sampling_steps=32),
-    "random_32": dict(order="random", quota="even", sampling_steps=32),
-    "random_16": dict(order="random", quota="even", sampling_steps=16),
-    "blocks_of_32": dict(order="maxprob", quota="even", block=32),
-    "blocks_of_32_dual_cache": dict(order="maxprob", quota="even", block=32, cache="dual"),
-    "ancestral_1000": dict(order="random", quota="binomial", sampling_steps=1000),
+ONE = "ancestral"  # temperature 1, one token a step
+PLAIN = dict(order="random", num_steps=160, temperature=1.0, remask="none")
+MDLM = {  # settings of lab/decoding.py that are timed besides the two of mdlm.py
+    "maxprob_32": dict(PLAIN, order="maxprob", num_steps=32),
+    "random_32": dict(PLAIN, num_steps=32),
+    "random_16": dict(PLAIN, num_steps=16),
+    "blocks_of_32": dict(PLAIN, order="maxprob", block=32),
+    "blocks_of_32_dual_cache": dict(PLAIN, order="maxprob", block=32, cache="dual"),
+    "ancestral_1000": dict(PLAIN, num_steps=1000, ancestral=True),
 }
 
 
@@ -61,18 +65,26 @@ def race(works, rounds, warm):
 
 
 def build(script):
-    """The default Config of a script, a new network, its optimizers, a generator."""
-    start = dict(init_from="scratch") if script is diffugpt_varlen else {}
-    cfg = script.fill_in(script.Config(**start))
+    """The default Config of a script, a new network, its optimizers, a generator, and a function
+    that draws a batch."""
+    g = torch.Generator().manual_seed(0)
+    if compare.is_small(script):
+        cfg = script.Config()
+        data = load_data(cfg)
+        batch = functools.partial(script.get_batch, data.train, cfg, g)
+    else:
+        start = dict(init_from="scratch") if script is diffugpt_varlen else {}
+        cfg = script.fill_in(script.Config(**start))
+        batch = functools.partial(script.get_batch, "train", cfg, g)
     torch.manual_seed(0)
     model = script.Model(cfg)
-    return cfg, model, script.make_optimizers(model, cfg), torch.Generator().manual_seed(0)
+    return cfg, model, script.make_optimizers(model, cfg), g, batch
 
 
-def step(script, loss_fn, cfg, model, optimizers, g, amp=BF16):
+def step(script, loss_fn, cfg, model, optimizers, g, batch, amp=BF16):
     """One optimizer step: data, loss, backward, both optimizers."""
     with amp:
-        loss = loss_fn(model, script.get_batch("train", cfg, g), cfg, g)[0]
+        loss = loss_fn(script, model, cfg, batch(), g)
     loss.backward()
     for optimizer in optimizers:
         optimizer.step()
@@ -85,32 +97,43 @@ def plain_attend(q, k, v, seen=None, bias=None):
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=seen is True)
 
 
-def plain_ar(model, x0, cfg, g):
-    """ar.loss_fn the plain way: whole rows, logits everywhere."""
+def plain_attention(self, x, positions, kv_cache=None):
+    """Attention.forward of ar.py and mdlm.py with PyTorch's fused attention."""
+    B, T, C = x.shape
+    q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+    q, k = (ar.rotate(F.rms_norm(y, y.shape[-1:]), positions) for y in (q, k))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=isinstance(self, ar.Attention))
+    return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+def plain_ar(script, model, cfg, x0, g):
+    """The loss of ar.py the plain way: whole rows, logits everywhere."""
     inputs = torch.cat((torch.full_like(x0[:, :1], cfg.bos), x0[:, :-1]), 1)
     ce = F.cross_entropy(model(inputs).flatten(0, 1), x0.flatten(), reduction="none")
-    return ce[ar.charged(x0, cfg).flatten()].mean(), {}
+    return ce[ar.is_scored(x0, cfg).flatten()].mean()
 
 
 @contextlib.contextmanager
 def plainly(script):
     """In this context the network of a script has fused attention and computes logits everywhere;
-    the loss takes those that it charges."""
-    Model = script.Model
+    the loss takes those that it scores."""
+    Model, small = script.Model, compare.is_small(script)
     forward, names = Model.forward, list(inspect.signature(Model.forward).parameters)[1:]
 
     def everywhere(self, *inputs, **named):
         given = dict(zip(names, inputs)) | named
-        where = given.pop("where", None)
+        target = given.pop("is_target" if small else "where", None)
         logits = forward(self, **given)
-        return logits if where is None else logits[where]
+        return logits if target is None else logits[target]
 
     changed = dict(forward=everywhere)
     if script is diffugpt_varlen:  # its loss asks for hidden states and then for their logits
         aligned, unembed = Model.aligned, Model.unembed
         changed = dict(aligned=lambda self, *inputs: unembed(self, aligned(self, *inputs)),
                        unembed=lambda self, logits: logits)
-    with mock.patch.multiple(Model, **changed), mock.patch.object(script, "attend", plain_attend):
+    attention = mock.patch.object(script.Attention, "forward", plain_attention) if small else \
+        mock.patch.object(script, "attend", plain_attend)
+    with mock.patch.multiple(Model, **changed), attention:
         yield
 
 
@@ -127,14 +150,14 @@ def train():
     """Positions of rows per second of training, as the script does it and plainly; of loading."""
     out, matrix = {}, torch.randn(2048, 2048, dtype=torch.bfloat16)
     for name, script in SCRIPTS.items():
-        made = cfg, model, _, g = build(script)
+        made = cfg, model, *_, batch = build(script)
 
-        def take(context=contextlib.nullcontext(), loss_fn=script.loss_fn, amp=BF16):
+        def take(context=contextlib.nullcontext(), loss_fn=compare.loss, amp=BF16):
             with context:
                 step(script, loss_fn, *made, amp)
 
-        plain = plain_ar if script is ar else script.loss_fn
-        works = dict(script=take, data=lambda: script.get_batch("train", cfg, g),
+        plain = plain_ar if script is ar else compare.loss
+        works = dict(script=take, data=batch,
                      plain_bfloat16=lambda: take(plainly(script), plain),
                      plain_float32=lambda: take(plainly(script), plain, FP32),
                      peak=lambda: matrix @ matrix)
@@ -164,23 +187,41 @@ def train():
 def sample():
     """Seconds for 1 and 16 rows of 160 tokens by new networks. Rows are windows, of which none
     ends early (nor does a canvas of diffugpt_varlen.py)."""
-    fixed, out = dict(vocab_size=2048, bos=0, eos=0, rows="stream"), {}
-    networks = {name: script.Model(script.Config(**fixed)) for name, script in SCRIPTS.items()}
-    plans = {(name, ONE): script.Config(**fixed) for name, script in SCRIPTS.items()}
-    plans |= {(name, "fast"): SCRIPTS[name].fast(cfg) for (name, _), cfg in plans.items()
-              if name != "ar"}
-    plans |= {("mdlm", how): mdlm.Config(**fixed, **flags) for how, flags in MDLM.items()}
-    settled = plans["dit_embed", "fast"]
+    fixed, out = dict(vocab_size=2048, eos=0, rows="stream"), {}
+    default = {name: script.Config(**fixed, **({} if script is mdlm else dict(bos=0)))
+               for name, script in SCRIPTS.items()}
+    networks = {name: script.Model(default[name]) for name, script in SCRIPTS.items()}
+    plans = {(name, ONE): compare.ancestral(SCRIPTS[name], cfg) for name, cfg in default.items()}
+    plans |= {(name, "default"): compare.default_sampler(SCRIPTS[name], cfg)
+              for name, cfg in default.items() if name != "ar"}
+    lab_model = mdlm_variants.Model(decoding.Config(**fixed))
+    settled = plans["dit_embed", "default"]
     for n in (1, 16):
-        calls = {}
+        nfe, canvas = {}, torch.full((n, 160), 2048)
 
-        def draw(key, cfg, context=contextlib.nullcontext(), **more):
+        def draw(key, cfg, context=contextlib.nullcontext()):
             g = torch.Generator().manual_seed(0)
             with BF16, context:
-                calls[key] = SCRIPTS[key[0]].sample(networks[key[0]], cfg, n, g, **more)[1]["nfe"]
+                _, nfe[key] = compare.sample(SCRIPTS[key[0]], networks[key[0]], cfg, n, g)
+
+        def decode(how):
+            with BF16:
+                cfg = decoding.Config(**fixed, **MDLM[how])
+                _, nfe["mdlm", how] = decoding.decode(lab_model, canvas, cfg,
+                                                      torch.Generator().manual_seed(0))
+
+        def uncached():
+            """ar.sample that sends the whole past through the network for each token."""
+            x, cfg = torch.full((n, 161), 0), plans["ar", ONE]
+            with BF16, torch.no_grad():
+                for i in range(160):
+                    logits = networks["ar"](x[:, :i + 1])[:, -1].float()
+                    x[:, i + 1] = ar.categorical(ar.filter_logits(logits, cfg),
+                                                 torch.Generator().manual_seed(i))
 
         works = {key: functools.partial(draw, key, cfg) for key, cfg in plans.items()}
-        works["uncached"] = lambda: draw(("ar", ""), plans["ar", ONE], cached=False)
+        works |= {("mdlm", how): functools.partial(decode, how) for how in MDLM}
+        works["uncached"] = uncached
         works["before"] = lambda: draw(("dit_embed", ""), settled,
                                        softmax_everywhere(networks["dit_embed"]))
         took = race(works, 2, warm=n == 1)
@@ -188,9 +229,10 @@ def sample():
         out[f"sample_ar_{n}"] = dict(cached=cached, uncached=took["uncached"],
                                      ratio=took["uncached"] / cached)
         out |= {f"sample_{name}_{n}_{how}": dict(
-            seconds=took[name, how], nfe=calls[name, how], times_ar_cached=took[name, how] / cached)
-            for name, how in plans if name != "ar"}
-        after = took["dit_embed", "fast"]
+            seconds=took[key], nfe=nfe[key], times_ar_cached=took[key] / cached)
+            for key in works if isinstance(key, tuple) and key[0] != "ar"
+            for name, how in [key]}
+        after = took["dit_embed", "default"]
         out[f"settled_sample_{n}"] = dict(before=took["before"], after=after,
                                           ratio=took["before"] / after)
     return out
@@ -201,7 +243,7 @@ def five_steps(name):
     script, made = SCRIPTS[name], build(SCRIPTS[name])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(5):
-        step(script, script.loss_fn, *made)
+        step(script, compare.loss, *made)
     return [before / 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]
 
 
@@ -242,7 +284,7 @@ def start():
     """Seconds of `python X.py --help`, and to the first step of `python X.py`."""
     out = {}
     for name, script in SCRIPTS.items():
-        script.fill_in(script.Config())
+        build(script)
         ask = [sys.executable, f"{name}.py", "--help"]
         helped = race({"help": lambda: subprocess.check_output(ask, cwd=ROOT)}, 3, 0)
         out[f"start_{name}"] = helped | first_step(name)
@@ -259,7 +301,8 @@ def main(argv):
     out = json.loads(TARGET.read_text()) if argv else {}
     out |= dict(command="python results/speed.py", seed=0, torch=torch.__version__,
                 machine=common.machine(torch.device("cpu")), threads=torch.get_num_threads(),
-                bfloat16=common.cpu_has_bf16(), redone=sorted({*out.get("redone", []), *argv}))
+                bfloat16=common.pick_dtype("auto", torch.device("cpu")) == "bfloat16",
+                redone=sorted({*out.get("redone", []), *argv}))
     for name, part in PARTS.items():
         if not argv or name in argv:
             begun = time.perf_counter()

@@ -171,7 +171,7 @@ def test_the_page_shows_what_training_and_sampling_cost():
                 f"{start['first_step']:.1f} |") in PAGE
         if name != "ar":
             shown = [made[f"sample_{name}_{n}_{how}"]["times_ar_cached"]
-                     for how in ("one_token_a_call", "fast") for n in (1, 16)]
+                     for how in ("ancestral", "default") for n in (1, 16)]
             assert f"| `{name}.py` | " + " | ".join(f"{v:.1f}" for v in shown) + " |" in PAGE
 
 

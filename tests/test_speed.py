@@ -10,12 +10,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SPEC = importlib.util.spec_from_file_location("speed", ROOT / "results" / "speed.py")
 speed = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(speed)
-SMALL = dict(vocab_size=30, eos=0, bos=0, rows="docs", seq_len=12, n_layer=1, n_head=2, n_embd=16)
+SMALL = dict(vocab_size=30, eos=0, rows="docs", seq_len=12, n_layer=1, n_head=2, n_embd=16)
 
 
 def small(script):
     torch.manual_seed(0)
-    cfg = script.Config(**SMALL)
+    cfg = script.Config(**SMALL, **({} if script is speed.mdlm else dict(bos=0)))
     model = script.Model(cfg)
     for p in model.parameters():  # not uniform
         torch.nn.init.normal_(p, std=0.3)
@@ -26,17 +26,17 @@ def small(script):
 def test_plain_training_has_the_same_loss_and_gradient(name):
     script, found = speed.SCRIPTS[name], []
     cfg, model, x0 = small(script)
-    forward, attend = script.Model.forward, script.attend
-    loss_fn = speed.plain_ar if name == "ar" else script.loss_fn
-    for loss, context in ((script.loss_fn, speed.contextlib.nullcontext()),
+    forward, inside = script.Model.forward, script.Attention.forward
+    loss_fn = speed.plain_ar if name == "ar" else speed.compare.loss
+    for loss, context in ((speed.compare.loss, speed.contextlib.nullcontext()),
                           (loss_fn, speed.plainly(script))):
         with context:
-            loss(model, x0, cfg, torch.Generator().manual_seed(2))[0].backward()
+            loss(script, model, cfg, x0, torch.Generator().manual_seed(2)).backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         model.zero_grad()
     assert found[0].norm() > 0.01
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
-    assert (script.Model.forward, script.attend) == (forward, attend)
+    assert (script.Model.forward, script.Attention.forward) == (forward, inside)
 
 
 def test_a_softmax_over_settled_positions_changes_nothing_but_time():
