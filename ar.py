@@ -254,7 +254,7 @@ def categorical(logits, g):
 
 
 @torch.no_grad()
-def sample(model, x, cfg, g, on_step=None):
+def sample(model, x, cfg, g, on_step=lambda nfe, x: None):
     """Continue the canvas x (n, T), prompts of one length and then the mask id V, from left to
     right: (n, T) and NFE, the network evaluations. on_step(nfe, x) is called after each."""
     x, nfe, kv_cache = x.clone(), 0, [[] for _ in model.blocks]
@@ -266,8 +266,7 @@ def sample(model, x, cfg, g, on_step=None):
         x[:, i] = categorical(filter_logits(logits, cfg), g).masked_fill(ended, cfg.eos)  # (E4)
         new, nfe = x[:, i:i + 1], nfe + 1
         ended |= (x[:, i] == cfg.eos) & (cfg.rows == "docs")
-        if on_step:
-            on_step(nfe, x)
+        on_step(nfe, x)
         if ended.all():
             break
     return x.masked_fill(x == cfg.vocab_size, cfg.eos), nfe

@@ -194,10 +194,10 @@ def sample(script, model, cfg, n, g, canvas=None, frames=None):
             frames += [(nfe, ids[0].tolist()) for nfe, ids, *_ in trace]
         return x, info["nfe"]
     canvas = torch.full((n, cfg.seq_len), cfg.vocab_size) if canvas is None else canvas
-    x, nfe = script.sample(model, canvas.to(device), cfg, g, on_step=None if frames is None else (
-        lambda nfe, x: frames.append((nfe, x[0].tolist()))))
-    if frames is not None:
-        frames.append((nfe, x[0].tolist()))
+    seen = [] if frames is None else frames
+    x, nfe = script.sample(model, canvas.to(device), cfg, g,
+                           on_step=lambda nfe, x: seen.append((nfe, x[0].tolist())))
+    seen.append((nfe, x[0].tolist()))
     return x, nfe
 
 

@@ -70,7 +70,7 @@ class Config:
     warmup: int = 50  # steps of linear warm-up; then cosine to zero
     ema: float = 0.99  # moving average of the weights, which is evaluated and saved; 0 = off
     eval_every: int = 200  # steps between evaluations and checkpoints
-    # sampling; nelbo() bounds --order random --num-steps 0 --temperature 1 --remask none
+    # sampling; the bound is about --order random --num-steps 0 --temperature 1 --remask none
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "Once ___ a ___3 who": one token and three are wanted, then the end
@@ -208,8 +208,8 @@ def top_positions(score, allowed, count, g):
     (B, T). Chance breaks ties, so that a score of zeros gives a random subset."""
     shuffled = torch.rand(allowed.shape, generator=g).to(allowed.device).argsort(1)
     score = score.masked_fill(~allowed, -torch.inf).gather(1, shuffled)
-    rank = shuffled.gather(1, score.argsort(dim=1, descending=True, stable=True)).argsort(1)
-    return allowed & (rank < count.to(allowed.device)[:, None])
+    best_first = shuffled.gather(1, score.argsort(dim=1, descending=True, stable=True))
+    return allowed & (best_first.argsort(1) < count.to(allowed.device)[:, None])  # rank < count
 
 
 def mask_tokens(x0, n, cfg, g, is_given=None):
@@ -220,11 +220,11 @@ def mask_tokens(x0, n, cfg, g, is_given=None):
 
 
 def corrupt(x0, cfg, g):
-    """The forward process: xt and each token's weight in the loss, both (B, T). (E1) with t uniform
-    and the weight of (E3) equals n masks, n uniform on 1..T (E4); low-discrepancy in a batch."""
+    """The forward process: xt and each token's weight in the loss, both (B, T). Under (E1) and the
+    weight of (E3), integrated over t, every number n of masks counts alike (E4): n is uniform."""
     B, T = x0.shape
-    t = (torch.arange(B) / B + torch.rand(1, generator=g)) % 1
-    n = 1 + (t * T).floor().long().clamp(max=T - 1)  # (B,)
+    u = (torch.arange(B) / B + torch.rand(1, generator=g)) % 1  # low-discrepancy: one offset
+    n = 1 + (u * T).floor().long().clamp(max=T - 1)  # (B,), 1..T
     xt = mask_tokens(x0, n, cfg, g)
     return xt, (xt != x0) / (n[:, None] * B).to(x0.device)  # (E4)
 
@@ -256,7 +256,7 @@ def nelbo(model, x0, cfg, g, K=8, is_given=None):
         xt = mask_tokens(x0, n, cfg, g, is_given)
         ce = [masked_ce(model, *part).cpu().double().sum(1) for part in
               zip(x0.split(64), xt.split(64))]
-        total += N / K * torch.cat(ce) / n.clamp(min=1)  # (E4)
+        total += N / K * torch.cat(ce) / n.clamp(min=1)  # N times the mean over n (E4)
     return total
 
 
@@ -295,21 +295,22 @@ def categorical(logits, g):
 
 
 def step_counts(num_masked, N, t, s, cfg, g):
-    """How many of the num_masked (B,) tokens of N a step t -> s unmasks, so that gamma_s N are left
-    with gamma linear, and how many it remasks, as many as (E6) can: two (B,)."""
-    left = torch.minimum(num_masked, (N * s + 1e-6).floor().long())
-    sigma = min(1.0, s / (1 - t)) if t < 1 and cfg.remask != "none" else 0.0
+    """How many tokens the step t -> s unmasks and remasks, two (B,), of N that were wanted and
+    num_masked that are masked. The schedule is linear and the numbers are the means of (E5) and
+    (E6), rounded; lab/decoding.py has others and draws them with g."""
+    left = torch.minimum(num_masked, (N * s + 1e-6).floor().long())  # masks at s
+    sigma = min(1.0, s / (1 - t)) if t < 1 and cfg.remask != "none" else 0.0  # so that (E5) <= 1
     num_remask = torch.minimum((sigma * (N - num_masked)).round().long(), left)  # (E6)
-    return num_masked - left + num_remask, num_remask  # (E5): its mean, rounded
+    return num_masked - left + num_remask, num_remask  # (E5)
 
 
 @torch.no_grad()
-def sample(model, x, cfg, g, is_wanted=None, on_step=None, step_counts=step_counts):
+def sample(model, x, cfg, g, is_wanted=None, on_step=lambda nfe, x: None, step_counts=step_counts):
     """Denoise the canvas x (n, T): its masks, or those at the boolean `is_wanted` (n, T), become
     tokens. Returns x and the NFE. After each step on_step(nfe, x) may look at x, and change it."""
     x, M, nfe = x.clone(), cfg.vocab_size, 0
     is_wanted = x == M if is_wanted is None else is_wanted & (x == M)
-    confidence = torch.zeros(x.shape, device=x.device)  # log p of every token that was drawn
+    drawn_logp = torch.zeros(x.shape, device=x.device)  # log p of every token that was drawn
     N = is_wanted.sum(1).cpu()
     times = torch.linspace(1, 0, (cfg.num_steps or int(N.max())) + 1, dtype=torch.float64).tolist()
     for t, s in zip(times, times[1:]):
@@ -320,9 +321,9 @@ def sample(model, x, cfg, g, is_wanted=None, on_step=None, step_counts=step_coun
         # 1. choose tokens to remask, of those that were unmasked before this step
         if cfg.remask != "none":
             score = torch.zeros(x.shape, device=x.device)
-            if cfg.remask == "conf":  # with probability ~ exp(-p): the Gumbel trick
+            if cfg.remask == "conf":  # Gumbel noise + log weight: a draw by the weights exp(-p)
                 noise = torch.rand(x.shape, generator=g).to(x.device)
-                score = -(-noise.log()).log() - confidence.exp()
+                score = -(-noise.log()).log() - drawn_logp.exp()
             remask = top_positions(score, is_wanted & ~is_mask, num_remask, g)
         # 2. predict
         logits = model(x, is_mask).float()  # (number masked, V)
@@ -333,13 +334,12 @@ def sample(model, x, cfg, g, is_wanted=None, on_step=None, step_counts=step_coun
         # 4. draw their tokens
         logits = logits[unmask[is_mask]]
         x[unmask] = tokens = categorical(filter_logits(logits, cfg), g)
-        confidence[unmask] = logits.log_softmax(1).gather(1, tokens[:, None])[:, 0]
+        drawn_logp[unmask] = logits.log_softmax(1).gather(1, tokens[:, None])[:, 0]
         # 5. remask
         if cfg.remask != "none":
             x[remask] = M
         nfe += 1
-        if on_step:
-            on_step(nfe, x)
+        on_step(nfe, x)
     return x, nfe
 
 

@@ -38,7 +38,7 @@ class Penalized:
         return torch.where(self.used, lower, last)[:, None]
 
 
-def sample(model, x, cfg, g, on_step=None):
+def sample(model, x, cfg, g, on_step=lambda nfe, x: None):
     """As ar.sample, with --repetition-penalty."""
     if cfg.repetition_penalty != 1:
         model = Penalized(model, cfg, len(x))

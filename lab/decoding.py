@@ -55,6 +55,8 @@ class Config(mdlm_variants.Config):
             out.append("--cache does not know the blocks of --cond adaln")
         if self.sampler != "steps" and self.remask != "none":
             out.append(f"--sampler {self.sampler} does not remask: add --remask none")
+        if self.sampler == "low_confidence" and self.eos_last:
+            out.append("--sampler low_confidence has an order of its own: leave --eos-last out")
         return out
 
 
@@ -109,7 +111,7 @@ def step_counts(num_masked, N, t, s, cfg, g):
     most = min(1.0, gamma_s / (1 - gamma_t)) if gamma_t < 1 and cfg.remask != "none" else 0.0
     eta = cfg.remask_eta
     sigma = eta * most if cfg.remask_rule == "rescale" else min(eta, most)
-    if cfg.ancestral:
+    if cfg.ancestral and cfg.num_steps:  # num_steps 0 is one token a step, drawn or not
         rho = min(1.0, (gamma_t - gamma_s + sigma * (1 - gamma_t)) / gamma_t)
         return tuple(torch.binomial(count.double(), torch.full(N.shape, p).double(), g).long()
                      for count, p in ((num_masked, rho), (N - num_masked, sigma)))
@@ -123,7 +125,7 @@ def sample_steps(*args, **kw):
     return mdlm.sample(*args, **kw, step_counts=step_counts)
 
 
-def sample_threshold(model, x, cfg, g, is_wanted, on_step=None):
+def sample_threshold(model, x, cfg, g, is_wanted, on_step):
     """Unmask the first position of the order and all whose confidence reaches --threshold, in as
     many steps as that takes."""
     x, M = x.clone(), cfg.vocab_size
@@ -137,11 +139,10 @@ def sample_threshold(model, x, cfg, g, is_wanted, on_step=None):
         unmask = mdlm.top_positions(score, is_mask, torch.ones(len(x)), g)
         unmask[is_mask] |= logits.softmax(1).amax(1) >= cfg.threshold
         x[unmask] = mdlm.categorical(mdlm.filter_logits(logits[unmask[is_mask]], cfg), g)
-        if on_step:
-            on_step(nfe + 1, x)
+        on_step(nfe + 1, x)
 
 
-def sample_low_confidence(model, x, cfg, g, is_wanted, on_step=None):
+def sample_low_confidence(model, x, cfg, g, is_wanted, on_step):
     """LLaDA's low-confidence remasking (Nie et al. 2025): draw a token everywhere, keep those of
     highest probability. Looking at the tokens first changes the distribution, even that of a
     perfect network."""
@@ -158,8 +159,7 @@ def sample_low_confidence(model, x, cfg, g, is_wanted, on_step=None):
         score[is_mask] = logits.log_softmax(1).gather(1, tokens[:, None])[:, 0]
         unmask = mdlm.top_positions(score, is_mask, num_unmask, g)
         x[unmask], nfe = tokens[unmask[is_mask]], nfe + 1
-        if on_step:
-            on_step(nfe, x)
+        on_step(nfe, x)
     return x, nfe
 
 
@@ -173,11 +173,14 @@ def fill_eos(x, cfg):
     x[(x == cfg.vocab_size) & ((x == cfg.eos).cumsum(1) > 0)] = cfg.eos
 
 
-def decode(model, x, cfg, g, on_step=None):
+def decode(model, x, cfg, g, on_step=lambda nfe, x: None):
     """Denoise the canvas x (n, T) block by block: (n, T or --length) and the NFE. The network sees
     seq_len tokens: from the first on or, beyond the context, up to the end of the block."""
     M, nfe, more = cfg.vocab_size, 0, max(0, cfg.length - x.shape[1])
-    x = torch.cat((x, torch.full((len(x), more), M, device=x.device)), 1)[:, :cfg.length or None]
+    x = torch.cat((x, torch.full((len(x), more), M, device=x.device)), 1)
+    if cfg.length and ((x != M) & (x != cfg.eos))[:, cfg.length:].any():
+        raise common.UserError(f"--length {cfg.length} is shorter than the given text: raise it")
+    x = x[:, :cfg.length or None]
     if cfg.eos_fill:
         fill_eos(x, cfg)
     if cfg.eos_last:
@@ -185,31 +188,33 @@ def decode(model, x, cfg, g, on_step=None):
         mdlm.ORDERS["eos_last"] = lambda logp, i: score(logp, i) - 100 * (logp.argmax(1) == cfg.eos)
         cfg = dataclasses.replace(cfg, order="eos_last", eos_last=False)
     T, is_given = x.shape[1], x != M
-    size = min(cfg.block or (T if T <= cfg.seq_len else cfg.seq_len // 2), cfg.seq_len)
+    size = cfg.block or T
+    if T > cfg.seq_len <= size:  # a block must see something on its left
+        size = cfg.seq_len // 2
     starts = [a for a in range(0, T, size) if not is_given[:, a:a + size].all()]
     for j, a in enumerate(starts):
         b = min(a + size, T)
         context = slice(max(0, b - cfg.seq_len), min(T, max(b, cfg.seq_len)))
         column = torch.arange(context.start, context.stop, device=x.device)
         in_block = (column >= a) & (column < b)
-        net = model
+        net, evaluations = model, 1  # of the network in a step
         if cfg.guidance and is_given.any():
-            net = Guided(net, cfg.guidance, is_given[:, context], M)
+            net, evaluations = Guided(net, cfg.guidance, is_given[:, context], M), 2
         if cfg.cache != "none":
             net = Cached(net, (in_block if cfg.cache == "dual" else column >= a).nonzero()[:, 0])
         steps = cfg.num_steps * (j + 1) // len(starts) - cfg.num_steps * j // len(starts)
         share = dataclasses.replace(cfg, num_steps=max(steps, int(cfg.num_steps > 0)))
 
-        def look(count, part):
+        def look(step, part):
             if cfg.eos_fill:
                 fill_eos(part, cfg)
             x[:, context] = part
-            if on_step:
-                on_step(nfe + count, x)
+            on_step(nfe + evaluations * step, x)
         is_wanted = in_block & (x[:, context] == M)
-        x[:, context], count = SAMPLERS[cfg.sampler](
+        x[:, context], num_steps = SAMPLERS[cfg.sampler](
             net, x[:, context], share, g, is_wanted=is_wanted, on_step=look)
-        nfe += count
+        nfe += evaluations * num_steps
+    mdlm.ORDERS.pop("eos_last", None)
     return x, nfe
 
 
