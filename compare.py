@@ -137,12 +137,14 @@ def train(name, run):
     argv += ["--resume"] if made else []
     print(f"\n$ python {name}.py {' '.join(argv)}", flush=True)
     before, sys.argv = sys.argv, [f"{name}.py", *argv]
-    Path(run["out"]).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{run['out']}.code").write_text(code_of(name))
+    weights = Path(run["out"]) / "model.safetensors"
+    old = weights.exists() and weights.stat().st_mtime_ns
     try:
         importlib.import_module(name).main(argv)
     finally:
         sys.argv = before
+        if weights.exists() and weights.stat().st_mtime_ns != old:  # also of an interrupted run
+            Path(f"{run['out']}.code").write_text(code_of(name))
 
 
 # ------------------------------------------------------------- one way to call all six

@@ -136,11 +136,12 @@ def test_a_comparison_has_a_row_for_each_run_and_baseline(quick):
     assert base["real"]["gap"] == 0 and base["real"]["nats_per_doc"] < base["3-gram"][
         "nats_per_doc"] < base["unigram"]["nats_per_doc"] < base["uniform"]["nats_per_doc"]
     for row, name in zip(results[5:11], compare.IDEAS):
-        assert row["name"] == name and row["code"] == common.code_of(ROOT / f"{name}.py")
+        assert row["name"] == name and row["code"] == compare.code_of(name)
         assert row["command"].startswith(f"python {name}.py") and row["config"]["seed"] == 1337
         assert row["test"]["bound"] == ("exact" if name == "ar" else "upper")
-        assert row["test"]["floor_per_doc"] == base["real"]["nats_per_doc"]
-        assert row["test"]["gap"] > 0 and 0 <= row["one_token"] <= 1 and row["own"]["novel"] == 1
+        assert row["test"]["entropy_per_doc"] == base["real"]["nats_per_doc"]
+        assert row["test"]["gap"] > 0 and 0 <= row["infill_accuracy"] <= 1
+        assert row["ancestral"]["novelty"] == 1
         assert len(row["stories"]) == 2 and len(row["lengths"]) == compare.BUDGETS["quick"]["n"]
 
 
@@ -152,7 +153,7 @@ def test_the_pages_hold_every_method_and_say_what_kind_its_number_is(quick):
         sign = "=" if row["name"] == "ar" else "<="
         assert f"| {sign} {row['test']['nats_per_token']:.3f} |" in parts["table"]
         assert f"| {sign} {row['test']['nats_per_doc']:.1f} ± " in page
-        assert f"**`{row['name']}.py`** (seed 1337, {row['fast']['calls']} calls)" in page
+        assert f"**`{row['name']}.py`** (seed 1337, NFE {row['default']['nfe']})" in page
     assert len({line.count("|") for line in parts["table"].splitlines()}) == 1
     for name in re.findall(r"\]\((\w+\.png)\)", page):
         assert (folder / name).stat().st_size > 5000
@@ -168,7 +169,7 @@ def test_a_comparison_that_is_there_is_not_made_again(quick, monkeypatch):
         monkeypatch.setattr(compare.importlib.import_module(name), "main", never)
     compare.main(["--budget", "quick"])
     assert (quick / "out/compare/quick/compare.jsonl").read_text() == before
-    monkeypatch.setattr(common, "code_of", lambda path: "other")  # another version of the scripts
+    monkeypatch.setattr(compare, "code_of", lambda name: "other")  # another version of the scripts
     with pytest.raises(AssertionError, match="trained again"):
         compare.main(["--budget", "quick", "--only", "mdlm"])
 
@@ -178,15 +179,10 @@ def test_an_interrupted_run_is_resumed_to_the_same_numbers(quick, monkeypatch):
     run = compare.settings("ar", "quick", 1337)
     out, stop = Path(run["out"]), common.Run.stopping
     weights = load_file(out / "model.safetensors")
-    shutil.copytree(out, "kept")
-    shutil.rmtree(out)
-
-    def soon(self):
-        if len(self.read_log()) > 12:
-            self.stop_signal = 15
-        return stop(self)
-    monkeypatch.setattr(common.Run, "stopping", soon)
-    with pytest.raises(SystemExit):
+    shutil.move(out, "kept")
+    monkeypatch.setattr(common.Run, "stopping", lambda self: (
+        len(common.read_log(self.out)) > 12 or stop(self)))
+    with pytest.raises(KeyboardInterrupt):
         compare.train("ar", run)
     assert compare.is_made("ar", run) == "unfinished"
     monkeypatch.setattr(common.Run, "stopping", stop)
@@ -224,29 +220,36 @@ def test_a_text_goes_between_its_markers_and_nowhere_else():
 
 # ---- single measurements -------------------------------------------------------------------------
 
-def test_one_hidden_token_is_really_hidden():
-    x0 = torch.tensor([[1, 2, 3, 0, 0]] * 40)
-    seen = []
+@pytest.mark.parametrize("name", ["mdlm", "sdd"])
+def test_the_token_to_fill_is_really_masked(name):
+    """Of scripts of both kinds: one word, never the end; the accuracy is that of the guess."""
+    x0, seen = torch.tensor([[1, 2, 3, 0, 0]] * 40), []
 
-    def sample(model, cfg, n, g, start):
-        seen.append(start)
-        return start.masked_fill(start == 9, cfg.guess), {}
-    fake = SimpleNamespace(NAME="fake", get_eval_rows=lambda *_: (x0, None), sample=sample)
+    def canvas_of(cfg, canvas):
+        seen.append(canvas)
+        return canvas.masked_fill(canvas == 9, cfg.guess)
+    fake = SimpleNamespace(
+        __name__=name, get_eval_rows=lambda *_: (x0, None),
+        sample=(lambda model, x, cfg, g, on_step: (canvas_of(cfg, x), 1)) if name == "mdlm" else
+        (lambda model, cfg, n, g, trace, start: (canvas_of(cfg, start), dict(nfe=1))))
     for guess in (2, 7):
         Cfg = compare.dataclasses.make_dataclass("Cfg", [
-            ("guess", int, guess), ("eos", int, 0), ("vocab_size", int, 9),
-            ("temperature", float, 1.0), ("sampling_steps", int, 0)])
-        share = compare.one_token(fake, torch.nn.Linear(1, 1), Cfg(), 40)
+            ("guess", int, guess), ("eos", int, 0), ("vocab_size", int, 9), ("order", str, ""),
+            ("temperature", float, 1.0), ("remask", str, ""), (
+                "num_steps" if name == "mdlm" else "sampling_steps", int, 0)])
+        data = SimpleNamespace(test=None)
+        share = compare.infill_accuracy(fake, torch.nn.Linear(1, 1), Cfg(), data, 40)
         at = (seen[-1] == 9)
-        assert at.sum(1).eq(1).all() and not at[:, 3:].any()  # a word, never the end
+        assert at.sum(1).eq(1).all() and not at[:, 3:].any()
         assert share == pytest.approx((x0[at] == guess).float().mean().item())
 
 
 def test_new_documents_are_told_from_training_documents():
     import ar
-    cfg = ar.fill_in(ar.Config())
-    seen = compare.train_documents(ar, cfg)
-    rows = common.tokens_of(ar.take("train", cfg, range(20)), cfg)
+    cfg = ar.Config()
+    data = compare.load_data(cfg)
+    seen = compare.train_documents(data, cfg)
+    rows = compare.tokens_of(ar.get_rows(data.train, cfg, np.arange(20)), cfg)
     assert compare.share_new(rows, seen) == 0
     assert compare.share_new([rows[0], rows[1][:-1], []], seen) == pytest.approx(2 / 3)
 
@@ -275,20 +278,20 @@ def test_the_film_ends_with_the_stories_that_are_sampled(quick, monkeypatch, cap
     film = json.loads(re.search(r"const film = (.*);\n", page)[1])
     assert [method["name"] for method in film["methods"]] == [f"{n}.py" for n in compare.IDEAS]
     for method, name in zip(film["methods"], compare.IDEAS):
-        script, model, cfg = compare.load(name, compare.settings(name, "quick", 1337))
-        cfg = script.fast(cfg) if hasattr(script, "fast") else cfg
-        with common.precision(torch.device("cpu"), cfg.dtype)[0]:
-            x, info = script.sample(model, cfg, 1, torch.Generator().manual_seed(cfg.seed))
+        script, model, cfg, data = compare.load(name, compare.settings(name, "quick", 1337))
+        cfg = cfg if name == "ar" else compare.default_sampler(script, cfg)
+        with compare.amp(model, cfg):
+            x, nfe = compare.sample(script, model, cfg, 1,
+                                    torch.Generator().manual_seed(cfg.seed))
         now = {}
         for _, changes in method["frames"]:
             now |= changes
-        tokenizer = script.open_data(cfg.data_dir).tokenizer
-        ids, = common.tokens_of(x, cfg)
+        ids, = compare.tokens_of(x, cfg)
         assert "".join(now[str(i)] for i in range(len(ids))) == "".join(
-            tokenizer.decode([t]) for t in ids)
-        assert now[str(len(now) - 1)] in ("", tokenizer.decode([x[0, -1].item()]))
-        assert method["calls"] == info["nfe"] and f"{name}.py" in shown
-    assert "after 20 % of the calls" in shown and "after 100 % of the calls" in shown
+            data.tokenizer.decode([t]) for t in ids)
+        assert now[str(len(now) - 1)] in ("", data.tokenizer.decode([x[0, -1].item()]))
+        assert method["calls"] == nfe and f"{name}.py" in shown
+    assert "after 20 % of the steps" in shown and "after 100 % of the steps" in shown
 
 
 PAGES = [path for path in (ROOT / "results/film_template.html", ROOT / "results/film.html")
@@ -329,9 +332,10 @@ def test_a_browser_shows_the_last_frame_of_the_film(tmp_path):
 @pytest.mark.skipif(not KEPT.exists(), reason="no committed comparison")
 def test_the_readme_and_the_page_equal_the_results():
     results = read(KEPT)
-    readme = (ROOT / "README.md").read_text("utf-8")
-    assert readme.count("<!-- compare: ") == 3
-    assert compare.insert(readme, compare.tables(results)) == readme
+    for page, root, blocks in ((ROOT / "README.md", "", 1), (ROOT / "results/README.md", "../", 3)):
+        text = page.read_text("utf-8")
+        assert text.count("<!-- compare: ") == blocks
+        assert compare.insert(text, compare.tables(results, root)) == text
     assert (ROOT / "results/compare.md").read_text("utf-8") == compare.page(results)
 
 
