@@ -9,7 +9,6 @@ import io
 import json
 import math
 import os
-import platform
 import re
 import signal
 import sys
@@ -30,46 +29,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data.files import UserError
+from common import machine, pick_device  # noqa: F401
+from data.files import UserError, run_main  # noqa: F401
 from data.tales import grade
+from data.units import se, tokens_of  # noqa: F401
 
 MASK_GLYPH = "░"
 
 
 # ------------------------------------------------------------------------------- command line
-
-def run_main(main):
-    """Call main(argv) and turn the user's mistakes into one line on stderr and exit code 2."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter shows "?"
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has seen enough (head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:  # a full disk, a folder that may only be read
-        print(f"error: cannot use {error.filename or 'the output'} ({error.strerror or error}): "
-              "check its rights and the free space, or choose another folder with --out; what was "
-              "saved before is kept", file=sys.stderr)
-        try:
-            sys.stdout.flush()
-        except OSError:  # it is the output: else Python tries again, with less tact
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory",
-                                                             str(error)):
-            raise
-        print("error: the memory is full: lower --batch-size (and raise --grad-accum), --n or "
-              "--seq-len", file=sys.stderr)
-        sys.exit(2)
-
 
 def parse(Config, presets, argv, doc, default=None, read=None):
     """Command line -> Config. `--preset` chooses defaults, explicit flags win; --batch-size and
@@ -142,20 +110,6 @@ def check(cfg, bad=()):
 
 # ------------------------------------------------------------------------------------- devices
 
-def pick_device(name):
-    """'auto' -> cuda, mps or cpu, the first that exists; one that is not there is a UserError."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if cuda else "mps" if mps else "cpu"
-    if name not in ("cpu", "mps") and not name.startswith("cuda"):
-        raise UserError(f"unknown device '{name}': choose auto, cpu, cuda or mps")
-    if name.startswith("cuda") and not cuda or name == "mps" and not mps:
-        raise UserError(f"no {name} device here: use --device cpu or auto")
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    return torch.device(name)
-
-
 def cpu_has_bf16():
     """Does this CPU multiply bfloat16 in hardware? Elsewhere bfloat16 is slower than float32."""
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -169,15 +123,6 @@ def precision(device, dtype):
                 or device.type == "cpu" and cpu_has_bf16())
         dtype = "bfloat16" if fast else "float32"
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"), dtype
-
-
-def machine(device):
-    """What the numbers were measured on: the GPU's or the CPU's name, and the number of cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
 # --------------------------------------------------------------------------------- run folder
@@ -588,11 +533,6 @@ def check_same(cfg, stored, names, what):
 
 # ------------------------------------------------------------------------ reports and metrics
 
-def se(values):
-    """Standard error of the mean of a tensor (n,)."""
-    return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else 0.0
-
-
 def report(row):
     """One evaluation as one readable line; `=` is exact, `<=` an upper bound. What has no
     likelihood, bound "none", shows its plain figures."""
@@ -607,12 +547,6 @@ def report(row):
         text += (f"  | entropy {row['floor_per_doc']:.1f}, gap {sign} {row['gap']:.1f} +- "
                  f"{row['gap_se']:.1f} ({row['gap'] / row['floor_per_doc']:+.1%})")
     return text
-
-
-def tokens_of(x, cfg):
-    """Rows (B, T) -> lists of ids; a document ends before its first EOS."""
-    rows = x.tolist()
-    return [r[:r.index(cfg.eos)] if cfg.rows == "docs" and cfg.eos in r else r for r in rows]
 
 
 def encode_prompt(tokenizer, cfg):
@@ -727,6 +661,17 @@ def judge_tales(texts):
                 nll_valid=rates["true_nll"])
 
 
+OLD_NAMES = dict(valid_stories="valid", valid_sentences="known", consistent="agree",
+                 true_nll="nll_valid", gen_nll="judge", entropy_per_doc="floor_per_doc",
+                 num_steps="sampling_steps")
+
+
+def old_rows(text):
+    """Rows of a .jsonl result under the names that the four scripts still use."""
+    return [{OLD_NAMES.get(k, k): v for k, v in json.loads(line).items()}
+            for line in text.splitlines()]
+
+
 def show_ids(ids, tokenizer):
     """Token ids -> one line of text in which every unwritten or masked position is a block."""
     text, run = "", []
@@ -809,23 +754,6 @@ def plot_loss(path, rows):
             axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend()
-    replace(path, lambda p: figure.savefig(p, format="png"))
-
-
-def plot_integrand(path, rate, cost, cfg):
-    """integrand.png: mean nats of a hidden token against the share that is hidden; the area under
-    it is the bound per position. rate, cost: (rows, K)."""
-    figure, axes = _axes(7, 4)
-    cell = (rate.flatten() * 20).ceil().clamp(1, 20)
-    means = [(k / 20 - 0.025, cost.flatten()[cell == k]) for k in range(1, 21) if (cell == k).any()]
-    x, y, e = zip(*((k, c.mean().item(), 2 * se(c)) for k, c in means))
-    area = cost.mean().item()
-    axes.errorbar(x, y, e, marker="o", ms=4, capsize=2, label="cost of a hidden token, 2 SE")
-    axes.fill_between(x, y, alpha=0.2, label=f"area = bound <= {area:.3f} nats per position")
-    axes.set(xlabel="mask rate", ylabel="nats per hidden token", xlim=(0, 1), ylim=(0, None),
-             title=f"{path.parent.name}: the bound is the area ({cfg.rows} rows of {cfg.seq_len})")
-    axes.grid(alpha=0.3)
-    axes.legend()
     replace(path, lambda p: figure.savefig(p, format="png"))
 
 

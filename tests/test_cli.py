@@ -4,16 +4,13 @@ import dataclasses
 import inspect
 import io
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import ar
 import bit_diffusion
@@ -21,7 +18,6 @@ import common_v1 as common
 import diffugpt_varlen
 import dit_embed
 import sdd
-from data import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [dit_embed, bit_diffusion, sdd, diffugpt_varlen]
@@ -42,12 +38,10 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TEXT_DIFFUSION_CACHE", str(home / "cache"))
         for script in SCRIPTS:
-            with pytest.raises(SystemExit) as stop:
-                few = ["--parent-steps", "4"] if script is diffugpt_varlen else []
-                patch.setattr(sys, "argv", [f"{script.NAME}.py", "--data", str(home / "small.txt"),
-                                            *TINY, *few, "--out", str(home / script.NAME)])
-                common.run_main(script.main)
-            assert not stop.value.code
+            few = ["--parent-steps", "4"] if script is diffugpt_varlen else []
+            patch.setattr(sys, "argv", [f"{script.NAME}.py", "--data", str(home / "small.txt"),
+                                        *TINY, *few, "--out", str(home / script.NAME)])
+            common.run_main(script.main)
         yield home
 
 
@@ -69,9 +63,12 @@ def cli(monkeypatch, capsys):
     def call(script, *argv):
         monkeypatch.setattr(sys, "argv", [f"{script.NAME}.py", *map(str, argv)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
+        try:
             common.run_main(script.main)
-        return stop.value.code or 0, *capsys.readouterr()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
     return call
 
 
@@ -108,45 +105,6 @@ def test_help_shows_every_field_with_its_help_text(script, command, cli):
         assert f"--{name.replace('_', '-')} " in shown or f"--{name.replace('_', '-')}, " in shown
         assert " ".join(text.split()) in shown, name
     assert " ".join(script.__doc__.split()[:8]) in shown
-
-
-@both
-def test_every_flag_has_two_spellings(script):
-    for field in dataclasses.fields(script.Config):
-        value = getattr(script.Config(), field.name)
-        if field.name in ("preset", "log", "curriculum", "bench", "pad_masked_perc", "p_pin",
-                          "freeze"):  # refuse most words, or need others
-            continue
-        for name in {field.name, field.name.replace("_", "-")}:
-            if isinstance(value, bool):
-                argv, wanted = [f"--no-{name}" if value else f"--{name}"], not value
-            elif isinstance(value, str):
-                argv, wanted = [f"--{name}", value or "word"], value or "word"
-            else:
-                argv, wanted = [f"--{name}", str(abs(value) or 1)], abs(value) or 1
-            cfg = common.parse(script.Config, script.PRESETS, argv, "")
-            assert getattr(cfg, field.name) == wanted
-
-
-@both
-def test_presets_choose_defaults_and_explicit_flags_win(script):
-    def parse(line):
-        return common.parse(script.Config, script.PRESETS, line.split(), "")
-    assert parse("") == parse("--preset tiny") == script.Config()
-    small = parse("--preset small")
-    assert {**script.PRESETS["small"], "preset": "small"}.items() <= vars(small).items()
-    assert parse("--preset=small") == small and small.n_layer == 8
-    for line in ("--preset small --n-layer 3", "--n_layer 3 --preset small"):
-        assert parse(line) == dataclasses.replace(small, n_layer=3)
-    assert set(script.PRESETS) >= {"tiny", "small", "medium"}
-    for name in script.PRESETS:
-        parse(f"--preset {name}")
-
-
-def test_flags_of_a_stored_run_are_kept_unless_given(home, cli):
-    stored = common.load_config(sdd.Config, home / "sdd")
-    cfg = common.parse(sdd.Config, sdd.PRESETS, ["--steps", "9"], "", default=stored)
-    assert cfg == dataclasses.replace(stored, steps=9) and cfg.n_embd == 32
 
 
 # ---- train, sample, eval -------------------------------------------------------------------------
@@ -346,9 +304,7 @@ def lengths(home):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
         patch.setattr(sys, "argv", ["diffugpt_varlen.py", "--data", str(home / "docs.txt"), *TINY,
                                     *few, "--out", str(out)])
-        with pytest.raises(SystemExit) as stop:
-            common.run_main(diffugpt_varlen.main)
-    assert not stop.value.code
+        common.run_main(diffugpt_varlen.main)
     return out, said.getvalue()
 
 
@@ -530,45 +486,19 @@ def test_sample_is_fast_unless_told_otherwise(script, change, home, cli, tmp_pat
     assert all(getattr(script.Config(), k) != v for k, v in script.FAST.items())
 
 
-@pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
-def test_train_and_sample_as_real_processes_and_a_reader_that_closes_early(home, tmp_path):
-    def start(*argv):
-        return subprocess.Popen([sys.executable, ROOT / "sdd.py", *map(str, argv)], cwd=tmp_path,
-                                env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONIOENCODING="ascii"),
-                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    training = start("--data", home / "small.txt", *TINY, "--n-embd", "48")
-    out, err = training.communicate(timeout=600)
-    assert training.returncode == 0 and "Traceback" not in err, err
-    assert "step     4  <= " in out and (tmp_path / "out/sdd/state.pt").exists()
-    sampling = start("sample", "--n", "3000", "--sampling-steps", "1")  # more than a pipe holds
-    assert sampling.stdout.readline()
-    sampling.stdout.close()  # as head does
-    assert sampling.stderr.read() == "" and sampling.wait(timeout=600) != 0
-    wrong = start("--steps", "abc")
-    out, err = wrong.communicate(timeout=600)
-    assert one_sentence(wrong.returncode, err) and out == ""
-
-
 # ---- mistakes ------------------------------------------------------------------------------------
 
 @both
 @pytest.mark.parametrize("line, sentence", [
     ("--no-such-flag", "Unrecognized options: --no-such-flag"),
-    ("--bach-size 3", "Perhaps you meant: --batch-size"),
     ("frobnicate", "unknown command 'frobnicate': choose train, sample or eval"),
-    ("--steps abc", "Error parsing --steps: invalid literal"),
-    ("--steps", "Missing value for argument '--steps'"),
     ("--preset huge", "unknown preset 'huge': choose one of tiny, small, medium"),
-    ("--batch-size 0", "--batch-size is 0, it must be at least 1"),
     ("--lr nan", "--lr is nan, it must be at least 0"),
     ("--batch-size 0 --seq-len 1 --dtype half --n-embd 30 --top-p 2 --ema 1 --rows x --log y",
      "--seq-len is 1, it must be at least 2; --batch-size is 0, it must be at least 1"),
-    ("--device tpu", "unknown device 'tpu': choose auto, cpu, cuda or mps"),
     ("--tokenizer words", "unknown tokenizer 'words': choose bpe, gpt2, byte, char or hf:NAME"),
-    ("--vocab-size 300 --tokenizer byte", "--vocab-size 300 does not suit the tokenizer byte"),
     ("--data no-such-file.txt", "neither a file or folder nor one of the names tales"),
     ("--data {empty}", "is empty: give a source that has text"),
-    ("--data {latin}", "is not UTF-8 at byte 1: convert it"),
     ("--data {short}", "tokens, fewer than --seq-len 32: use a smaller --seq-len or more text"),
     ("--data {short} --seq-len 8", "the val split has 6 tokens, fewer than --seq-len"),
 ], ids=lambda text: text[:24])
@@ -586,120 +516,3 @@ def test_a_mistake_is_one_sentence_exit_code_2_and_no_folder(script, line, sente
     assert not out.exists()
     for part in sentence.split("; "):
         assert part in said
-
-
-def test_several_bad_values_are_listed_together(cli):
-    _, _, err = cli(sdd, *"--batch-size 0 --seq-len 1 --dtype half --n-embd 30 --top-p 2 --ema 1 "
-                    "--rows x --log y --top-k -1".split())
-    assert err.count("; ") == 8
-
-
-@both
-def test_an_out_folder_that_cannot_be_written_is_refused(script, home, cli, tmp_path, monkeypatch):
-    train = "--data", home / "small.txt", *TINY, "--out"
-    (tmp_path / "file").write_text("mine")
-    for out in (tmp_path / "file", tmp_path / "file" / "run"):
-        code, _, err = cli(script, *train, out)
-        assert f"cannot write to {out} (" in one_sentence(code, err)
-    assert (tmp_path / "file").read_text() == "mine"
-
-    def refuse(*_, **__):
-        raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(Path, "touch", refuse)
-    code, _, err = cli(script, *train, tmp_path / "locked")
-    assert "locked (Permission denied): choose another folder" in one_sentence(code, err)
-
-
-@both
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has cuda")
-def test_cuda_on_a_machine_without_it_is_refused(script, home, cli, tmp_path):
-    code, _, err = cli(script, "--data", home / "small.txt", *TINY, "--device", "cuda", "--out",
-                       tmp_path / "run")
-    assert "no cuda device here: use --device cpu or auto" in one_sentence(code, err)
-    assert not (tmp_path / "run").exists()
-
-
-@both
-@pytest.mark.parametrize("command", ["sample", "eval", "--resume"])
-def test_without_a_checkpoint_the_sentence_says_to_train_first(script, command, cli, tmp_path):
-    code, _, err = cli(script, command, "--out", tmp_path / "none")
-    assert f"no checkpoint in {tmp_path / 'none'}: train first" in one_sentence(code, err)
-    assert not (tmp_path / "none").exists()
-
-
-def halve(path):
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-
-
-def edit(**changes):
-    def change(path):
-        made = json.loads(path.read_text())
-        made["config"].update(changes)
-        path.write_text(json.dumps(made))
-    return change
-
-
-@both
-@pytest.mark.parametrize("file, damage, command, sentence", [
-    ("model.safetensors", halve, "sample", "it is broken or was trained with other flags"),
-    ("model.safetensors", Path.unlink, "eval", "model.safetensors is missing: train first"),
-    ("state.pt", halve, "--resume", "it is broken or was trained with other flags"),
-    ("state.pt", lambda p: p.write_bytes(b"nonsense"), "--resume", "it is broken or was"),
-    ("state.pt", Path.unlink, "--resume", "leave it out to start a new run"),
-    ("config.json", halve, "sample", "is not a configuration of this script"),
-    ("config.json", halve, "--resume", "is not a configuration of this script"),
-    ("config.json", lambda p: p.write_text("[]"), "eval", "is not a configuration of this script"),
-    ("config.json", lambda p: p.write_text('{"config": {}}'), "--resume", "is not a configuration"),
-    ("config.json", edit(n_layer="one"), "sample", "is not a configuration of this script"),
-    ("config.json", edit(unheard_of=1), "sample", "is not a configuration of this script"),
-    ("config.json", edit(n_layer=2), "sample", "it is broken or was trained with other flags"),
-    ("config.json", edit(n_layer=2), "--resume", "it is broken or was trained with other flags"),
-], ids=lambda x: x if isinstance(x, str) and len(x) < 20 else "")
-def test_a_damaged_checkpoint_is_named_and_left_as_it_is(script, file, damage, command, sentence,
-                                                         home, cli, tmp_path):
-    out = shutil.copytree(home / script.NAME, tmp_path / "run")
-    damage(out / file)
-    before = contents(out)
-    code, _, err = cli(script, command, "--out", out)
-    said = one_sentence(code, err)
-    assert sentence in said and str(out) in said
-    assert contents(out) == before
-
-
-@both
-@pytest.mark.parametrize("line, sentence", [
-    ("sample --prompt " + "x" * 40, "the prompt has 40 tokens but a row has room for 31"),
-    ("sample --n-layer 2", "was made with other settings: --n-layer 2 (stored: 1)"),
-    ("eval --seq-len 16", "was made with other settings: --seq-len 16 (stored: 32)"),
-    ("--resume --n-embd 64 --rows docs",
-     "was made with other settings: --n-embd 64 (stored: 32), --rows docs (stored: stream)"),
-    ("--resume --preset small", "--preset small is for a new run; this one has tiny"),
-    ("eval --tokenizer bpe --vocab-size 257", "was trained with another tokenizer"),
-    ("--resume --tokenizer bpe --vocab-size 257", "was trained with another tokenizer"),
-], ids=lambda text: text[:24])
-def test_a_checkpoint_of_other_settings_is_refused(script, line, sentence, home, cli, tmp_path):
-    out = shutil.copytree(home / script.NAME, tmp_path / "run")
-    before = contents(out)
-    code, _, err = cli(script, *line.split(), "--out", out)
-    assert sentence in one_sentence(code, err)
-    assert contents(out) == before
-
-
-@both
-@pytest.mark.parametrize("command", ["sample", "eval", "--resume"])
-def test_a_checkpoint_of_another_script_is_refused(script, command, home, cli):
-    other = home / (sdd if script is diffugpt_varlen else diffugpt_varlen).NAME
-    before = contents(other)
-    code, _, err = cli(script, command, "--out", other)
-    assert "was it written by another method" in one_sentence(code, err)
-    assert contents(other) == before
-
-
-@both
-def test_a_truncated_data_file_is_named(script, home, cli, tmp_path, monkeypatch):
-    monkeypatch.setenv("TEXT_DIFFUSION_CACHE", str(tmp_path / "cache"))
-    folder = prepare.prepare(str(home / "small.txt"), "byte", quiet=True)
-    halve(folder / "train.bin")
-    code, _, err = cli(script, "--data", home / "small.txt", *TINY, "--out", tmp_path / "run")
-    assert f"{folder / 'train.bin'} is missing or damaged: delete" in one_sentence(code, err)
-    assert not (tmp_path / "run").exists()

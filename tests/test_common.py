@@ -3,7 +3,6 @@ mistake, and nothing lost when a run is stopped, killed or out of disk. Tiny mod
 import dataclasses
 import errno
 import inspect
-import json
 import math
 import os
 import random

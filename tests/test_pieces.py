@@ -1,6 +1,5 @@
 """What the scripts have in common, tested in each: attention, filters, categorical draws,
 micro-batches, learning, and that sections 3-5 run alone."""
-import dataclasses
 import itertools
 import math
 import types
