@@ -2,9 +2,9 @@
 
 Method: Bengio et al. 2003 (section 2); the network is a GPT (Radford et al. 2019), parts of today.
 
-    python ar.py                    5 minutes on 2 CPU cores: = 0.948 nats/token (entropy 0.909)
+    python ar.py                5 minutes on 2 CPU cores: val = 0.948 nats/token (entropy 0.909)
     python ar.py sample --prompt "Once upon a time" --num-samples 3 --temperature 0.8
-    python ar.py eval               likelihood of the test split, 64 samples
+    python ar.py eval           the likelihood of the test split, samples
 
 Equations
     (E1)  log p(x) = sum_i log p(x_i | x_<i)                   chain rule: exact, not a bound
@@ -81,7 +81,7 @@ PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256,
 
 
 # ---- 2. data -----------------------------------------------------------------------------------
-# load_data(cfg) has .tokenizer and .train, .val, .test: (ids, offsets of documents, log p or None)
+# load_data(cfg) sets vocab_size, rows, eos, bos; .train: (ids, offsets of documents, log p or None)
 def get_rows(split, cfg, index):
     """Documents `index`, EOS-filled and cut, or windows that begin at tokens `index`: (B, T)."""
     ids, offsets, _ = split
@@ -309,7 +309,7 @@ def train(cfg, sample=sample):
         g = torch.Generator().manual_seed(cfg.seed)
         state = data.tokenizer, model, ema, optimizers, g  # all that a checkpoint holds
         step = run.resume(*state) if cfg.resume else 0
-        for block in model.blocks if cfg.compile else []:  # what is around them changes shape
+        for block in model.blocks if cfg.compile else []:  # the head's input changes its length
             block.compile()
         run.begin(step, model, data)
         while step < cfg.steps and not run.stopping():

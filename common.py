@@ -335,6 +335,6 @@ def plot_loss(out):
     for kind, key in (("train", "loss"), ("val", "nats_per_token")):
         rows = [row for row in read_log(out) if row["kind"] == kind]
         axes.plot([row["step"] for row in rows], [row[key] for row in rows], label=f"{kind} {key}")
-    axes.set(xlabel="step", ylabel="nats", yscale="log")
+    axes.set(xlabel="step", ylabel="nats; for the unit of the loss see loss_fn", yscale="log")
     axes.legend()
     replace(Path(out) / "loss.png", lambda file: figure.savefig(file))

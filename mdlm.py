@@ -3,27 +3,28 @@
 Method: MDLM (Sahoo et al. 2024, arXiv 2406.07524), MD4 (Shi et al. 2024), LLaDA (Nie et al. 2025);
 remasking: ReMDM (Wang et al. 2025).
 
-    python mdlm.py                  6 minutes on 2 CPU cores: <= 1.521 nats/token (entropy 0.909)
+    python mdlm.py              6 minutes on 2 CPU cores: val <= 1.521 nats/token (entropy 0.909)
     python mdlm.py sample --prompt "Once upon a time" --num-samples 3 --trace
     python mdlm.py sample --infill "Once upon a ___ there was ___"
-    python mdlm.py eval             the bound on the test split, samples
+    python mdlm.py eval         the bound on the test split, samples
 
 Equations. M is the mask, gamma(t) = 1 - alpha(t) the noise schedule: the mask rate, 0 at t = 0 and
-1 at t = 1. The network sees x_t and predicts x_0; visible tokens are carried over (SUBS).
-    (E1)  absorbing forward process: q(x_t,i = M | x_0) = gamma(t) for each i, else x_t,i = x_0,i
+1 at t = 1. The network denoises: it sees x_t, never t, and predicts x_0. SUBS: it cannot predict M
+(E2), and tokens that are not masked are carried over.
+    (E1)  absorbing forward process: each x_t,i is M with probability gamma(t), else x_0,i
     (E2)  c_i = -log p(x_0,i | x_t) for masked i: a softmax over the V real tokens, never M
     (E3)  NELBO = int_0^1 gamma'(t)/gamma(t) E sum_masked c_i dt >= -log p(x_0)
     (E4)        = sum_{n=1..T} 1/n E_{n masks} sum_masked c_i: the same for every schedule gamma
-    (E5)  reverse step t -> s: unmask each masked token with probability (gamma_t - gamma_s)/gamma_t
-    (E6)  remasking: unmasked tokens are masked again with probability sigma; (E5) is then
-          (gamma_t - gamma_s + sigma (1 - gamma_t)) / gamma_t, and P(masked at s) stays gamma_s
+    (E5)  reverse t -> s: a mask becomes a draw of p with probability (gamma_t - gamma_s) / gamma_t
+    (E6)  remasking: tokens become M again with probability sigma, and masks become tokens with
+          (gamma_t - gamma_s + sigma (1 - gamma_t)) / gamma_t, so that P(x_s,i = M) is gamma_s still
 
-Shapes: B batch, T tokens, V vocabulary, C width, H heads, D = C / H head width. Units: nats; every
-position of a row is scored, the EOS-filled tail too: nobody is told the length.
+Shapes: B rows, T tokens, V vocabulary, C width, H heads, D = C / H. Units: nats. Every position of
+a row is scored, also the EOS that fill it up: the model is not told the length. g draws all noise.
 
-Differs from the paper: trained on (E4) directly, with n masks and n uniform, so there is neither
-schedule nor cut-off epsilon. Differs from ar.py: attention is bidirectional; masks need learned
-positions and a convolution over neighbours; the likelihood is a bound; tokens come in any order.
+Differs from the paper: training draws n masks, n uniform (E4), so it has no schedule and no cut-off
+epsilon; sampling has gamma_t = t and fixed counts. Differs from ar.py, which lists what differs
+from GPT-2: attention is bidirectional, masks need learned positions, and a convolution helps.
 """
 import copy
 import math
@@ -70,14 +71,14 @@ class Config:
     warmup: int = 50  # steps of linear warm-up; then cosine to zero
     ema: float = 0.99  # moving average of the weights, which is evaluated and saved; 0 = off
     eval_every: int = 200  # steps between evaluations and checkpoints
-    # sampling; the bound is about --order random --num-steps 0 --temperature 1 --remask none
+    # sampling; the bound is for --order random --num-steps 0 --temperature 1 --remask none
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "Once ___ a ___3 who": one token and three are wanted, then the end
     trace: bool = False  # print the trajectory of the first sample
-    num_steps: int = 32  # NFE, network evaluations; 0 = one for every token
+    num_steps: int = 32  # NFE, network evaluations; 0 = one token per step
     order: Literal["random", "l2r", "maxprob", "margin", "entropy"] = "maxprob"  # unmasked first
-    remask: Literal["none", "random", "conf"] = "conf"  # which tokens are remasked (E6)
+    remask: Literal["none", "random", "conf"] = "conf"  # ReMDM (E6); conf: improbable tokens first
     temperature: float = 0.5  # below 1: safer, less diverse; 0: the most likely token
     top_k: int = 0  # keep the k most likely tokens; 0 = all
     top_p: float = 1.0  # keep the most likely tokens that hold this much probability
@@ -90,7 +91,7 @@ PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256,
 
 
 # ---- 2. data -----------------------------------------------------------------------------------
-# load_data(cfg) has .tokenizer and .train, .val, .test: (ids, offsets of documents, log p or None)
+# load_data(cfg) sets vocab_size, rows and eos; .train is (ids, offsets of documents, log p or None)
 def get_rows(split, cfg, index):
     """Documents `index`, EOS-filled and cut, or windows that begin at tokens `index`: (B, T)."""
     ids, offsets, _ = split
@@ -173,12 +174,12 @@ class Block(nn.Module):
 
 class Model(nn.Module):
     """Bidirectional transformer: ids (B, T) in 0..V, where V is the mask M -> logits (B, T, V), or
-    (n, V) at the n positions of a boolean `is_target` (B, T). It counts masks and needs no time."""
+    (n, V) at the n positions of a boolean `is_target` (B, T). No time: x_t shows its mask rate."""
 
     def __init__(self, cfg):
         super().__init__()
         self.wte = nn.Embedding(cfg.vocab_size + 1, cfg.n_embd)
-        self.wpe = nn.Embedding(cfg.seq_len, cfg.n_embd)  # else masks alone have no positions
+        self.wpe = nn.Embedding(cfg.seq_len, cfg.n_embd)  # rotary cannot tell equal masks apart
         self.conv = nn.Conv1d(cfg.n_embd, cfg.n_embd, 7, padding=3, groups=cfg.n_embd, bias=False)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.n_embd)
@@ -204,11 +205,11 @@ class Model(nn.Module):
 
 # ---- 4. corrupt and loss -----------------------------------------------------------------------
 def top_positions(score, allowed, count, g):
-    """The `count` (B,) positions of highest score (B, T) among the allowed ones, as a boolean
-    (B, T). Chance breaks ties, so that a score of zeros gives a random subset."""
-    shuffled = torch.rand(allowed.shape, generator=g).to(allowed.device).argsort(1)
-    score = score.masked_fill(~allowed, -torch.inf).gather(1, shuffled)
-    best_first = shuffled.gather(1, score.argsort(dim=1, descending=True, stable=True))
+    """Boolean (B, T): the `count` (B,) positions of highest score (B, T) among the allowed ones.
+    Ties are broken at random, so that a score of zeros gives a random subset."""
+    shuffle = torch.rand(allowed.shape, generator=g).to(allowed.device).argsort(1)
+    score = score.masked_fill(~allowed, -torch.inf).gather(1, shuffle)
+    best_first = shuffle.gather(1, score.argsort(dim=1, descending=True, stable=True))
     return allowed & (best_first.argsort(1) < count.to(allowed.device)[:, None])  # rank < count
 
 
@@ -216,22 +217,23 @@ def mask_tokens(x0, n, cfg, g, is_given=None):
     """Mask n (B,) random tokens of each row of x0 (B, T), none of those that are given."""
     allowed = torch.ones_like(x0, dtype=torch.bool) if is_given is None else ~is_given
     is_mask = top_positions(torch.zeros(x0.shape, device=x0.device), allowed, n, g)
-    return x0.masked_fill(is_mask, cfg.vocab_size)
+    return x0.masked_fill(is_mask, cfg.vocab_size)  # M = V
 
 
 def corrupt(x0, cfg, g):
-    """The forward process: xt and each token's weight in the loss, both (B, T). Under (E1) and the
-    weight of (E3), integrated over t, every number n of masks counts alike (E4): n is uniform."""
+    """The forward process: xt and each token's weight in the loss, both (B, T). Under (E1) n masks
+    have probability Binomial(n; T, gamma). Its integral with the weight d gamma / gamma of (E3) is
+    1/n, so (E3) is (E4): draw n uniformly, weigh each c_i by 1/n."""
     B, T = x0.shape
     u = (torch.arange(B) / B + torch.rand(1, generator=g)) % 1  # low-discrepancy: one offset
     n = 1 + (u * T).floor().long().clamp(max=T - 1)  # (B,), 1..T
     xt = mask_tokens(x0, n, cfg, g)
-    return xt, (xt != x0) / (n[:, None] * B).to(x0.device)  # (E4)
+    return xt, (xt != x0) / (n[:, None] * B).to(x0.device)  # (E4) / T, as P(n) = 1/T; mean of rows
 
 
 def masked_ce(model, x0, xt):
     """Cross-entropy c_i of the masked tokens in nats, zero elsewhere: (B, T)."""
-    is_mask = xt != x0
+    is_mask = xt != x0  # x0 holds no M
     logits = model(xt, is_mask).float()  # (number masked, V)
     ce = torch.zeros(x0.shape, device=x0.device)
     ce[is_mask] = F.cross_entropy(logits, x0[is_mask], reduction="none")  # (E2)
@@ -239,16 +241,16 @@ def masked_ce(model, x0, xt):
 
 
 def loss_fn(model, x0, xt, weight):
-    """An unbiased estimate of NELBO / T, nats per token; a sum over rows, so that the losses of
-    micro-batches add up to that of the batch."""
+    """Unbiased estimate of NELBO / T, nats per position of a row, EOS tail included: less than the
+    nats per token of validation. A sum, so that the losses of micro-batches add up."""
     return (weight * masked_ce(model, x0, xt)).sum()
 
 
 @torch.no_grad()
 def nelbo(model, x0, cfg, g, K=8, is_given=None):
-    """Upper bound on -log p(x0) in nats per row, (B,), unbiased: K network evaluations a row with n
-    masks each, n stratified over 1..N with a random offset. With a boolean `is_given` (B, T) the
-    bound is on -log p(the other tokens | those)."""
+    """Upper bound on -log p(x0) in nats per row, (B,), estimated without bias from K evaluations a
+    row, n masks each, n stratified over 1..N with a random offset. With a boolean `is_given` (B, T)
+    it bounds -log p(the other N tokens | those); else N = T."""
     N = torch.full((len(x0),), x0.shape[1]) if is_given is None else (~is_given).sum(1).cpu()
     u, total = torch.rand(len(x0), generator=g), 0
     for k in range(K):
@@ -265,8 +267,8 @@ ORDERS = {  # log p (n, V) of the masked positions, their columns (n,) -> score;
     "random": lambda logp, column: torch.zeros(len(logp), device=logp.device),
     "l2r": lambda logp, column: -column.float(),
     "maxprob": lambda logp, column: logp.amax(1),  # the confidence
-    "margin": lambda logp, column: -logp.topk(2).values.exp().diff(dim=1)[:, 0],
-    "entropy": lambda logp, column: (logp.exp() * logp).nan_to_num(0).sum(1),  # 0 log 0 = 0
+    "margin": lambda logp, column: -logp.topk(2).values.exp().diff(dim=1)[:, 0],  # 1st - 2nd
+    "entropy": lambda logp, column: (logp.exp() * logp).nan_to_num(0).sum(1),  # minus it
 }
 
 
@@ -296,18 +298,18 @@ def categorical(logits, g):
 
 def step_counts(num_masked, N, t, s, cfg, g):
     """How many tokens the step t -> s unmasks and remasks, two (B,), of N that were wanted and
-    num_masked that are masked. The schedule is linear and the numbers are the means of (E5) and
-    (E6), rounded; lab/decoding.py has others and draws them with g."""
-    left = torch.minimum(num_masked, (N * s + 1e-6).floor().long())  # masks at s
-    sigma = min(1.0, s / (1 - t)) if t < 1 and cfg.remask != "none" else 0.0  # so that (E5) <= 1
+    num_masked that are masked: means of (E5) and (E6) for gamma_t = t, rounded, with the largest
+    sigma, ReMDM's eta = 1. lab/decoding.py has other schedules and eta, and draws with g."""
+    left = torch.minimum(num_masked, (N * s + 1e-6).floor().long())  # at s; 1e-6: rounding
+    sigma = min(1.0, s / (1 - t)) if t < 1 and cfg.remask != "none" else 0.0  # more: (E6) > 1
     num_remask = torch.minimum((sigma * (N - num_masked)).round().long(), left)  # (E6)
     return num_masked - left + num_remask, num_remask  # (E5)
 
 
 @torch.no_grad()
 def sample(model, x, cfg, g, is_wanted=None, on_step=lambda nfe, x: None, step_counts=step_counts):
-    """Denoise the canvas x (n, T): its masks, or those at the boolean `is_wanted` (n, T), become
-    tokens. Returns x and the NFE. After each step on_step(nfe, x) may look at x, and change it."""
+    """The reverse process: the masks of x (B, T), or only those at the boolean `is_wanted`, become
+    tokens, all else is carried over. Returns x and NFE. on_step(nfe, x) may see and change x."""
     x, M, nfe = x.clone(), cfg.vocab_size, 0
     is_wanted = x == M if is_wanted is None else is_wanted & (x == M)
     drawn_logp = torch.zeros(x.shape, device=x.device)  # log p of every token that was drawn
@@ -318,26 +320,23 @@ def sample(model, x, cfg, g, is_wanted=None, on_step=lambda nfe, x: None, step_c
         num_unmask, num_remask = step_counts(is_mask.sum(1).cpu(), N, t, s, cfg, g)
         if not (num_unmask + num_remask).any():  # more steps than tokens
             continue
-        # 1. choose tokens to remask, of those that were unmasked before this step
+        # 1. predict
+        logits = model(x, is_mask).float()  # (number masked, V)
+        # 2. choose positions to unmask, those of most confidence first
+        score = torch.zeros(x.shape, device=x.device)
+        score[is_mask] = ORDERS[cfg.order](logits.log_softmax(1), is_mask.nonzero()[:, 1])
+        unmask = top_positions(score, is_mask, num_unmask, g)
+        # 3. draw their tokens
+        logits = logits[unmask[is_mask]]
+        x[unmask] = tokens = categorical(filter_logits(logits, cfg), g)
+        drawn_logp[unmask] = logits.log_softmax(1).gather(1, tokens[:, None])[:, 0]
+        # 4. remask tokens that were unmasked before this step
         if cfg.remask != "none":
             score = torch.zeros(x.shape, device=x.device)
             if cfg.remask == "conf":  # Gumbel noise + log weight: a draw by the weights exp(-p)
                 noise = torch.rand(x.shape, generator=g).to(x.device)
                 score = -(-noise.log()).log() - drawn_logp.exp()
-            remask = top_positions(score, is_wanted & ~is_mask, num_remask, g)
-        # 2. predict
-        logits = model(x, is_mask).float()  # (number masked, V)
-        # 3. choose positions to unmask
-        score = torch.zeros(x.shape, device=x.device)
-        score[is_mask] = ORDERS[cfg.order](logits.log_softmax(1), is_mask.nonzero()[:, 1])
-        unmask = top_positions(score, is_mask, num_unmask, g)
-        # 4. draw their tokens
-        logits = logits[unmask[is_mask]]
-        x[unmask] = tokens = categorical(filter_logits(logits, cfg), g)
-        drawn_logp[unmask] = logits.log_softmax(1).gather(1, tokens[:, None])[:, 0]
-        # 5. remask
-        if cfg.remask != "none":
-            x[remask] = M
+            x[top_positions(score, is_wanted & ~is_mask, num_remask, g)] = M
         nfe += 1
         on_step(nfe, x)
     return x, nfe
@@ -380,7 +379,7 @@ def train(cfg, Model=Model, corrupt=corrupt, sample=sample):
         g = torch.Generator().manual_seed(cfg.seed)
         state = data.tokenizer, model, ema, optimizers, g  # all that a checkpoint holds
         step = run.resume(*state) if cfg.resume else 0
-        for block in model.blocks if cfg.compile else []:  # what is around them changes shape
+        for block in model.blocks if cfg.compile else []:  # the head's input changes its length
             block.compile()
         run.begin(step, model, data)
         while step < cfg.steps and not run.stopping():

@@ -18,7 +18,7 @@ def likelihood(nats, x0, true_nll, tokenizer, cfg, bound):
     per byte, and the gap to `true_nll` (B,) where that is known, paired row by row. `bound` says
     what the nats are: "exact", or "upper" for an upper bound. se: standard errors."""
     tokens = tokens_of(x0, cfg)
-    count = sum(map(len, tokens)) + (len(x0) if cfg.rows == "docs" else 0)  # EOS is a token too
+    count = sum(min(len(ids) + (cfg.rows == "docs"), x0.shape[1]) for ids in tokens)  # EOS, too
     size = sum(len(tokenizer.decode(ids).encode()) for ids in tokens)
     row = dict(bound=bound, rows=len(x0), nats_per_token=nats.sum().item() / count,
                nats_per_token_se=se(nats) * len(x0) / count,

@@ -10,6 +10,7 @@ schedules, the ancestral sampler, LLaDA's and ReMDM's remasking, rules for EOS.
     python lab/decoding.py sample --order random --ancestral --sampling-schedule cosine
     python lab/decoding.py sample --remask random --remask-rule rescale --remask-eta 0.1
 """
+import contextlib
 import dataclasses
 import itertools
 import sys
@@ -32,9 +33,9 @@ class Config(mdlm_variants.Config):
     sampler: Literal["steps", "threshold", "low_confidence"] = "steps"  # see the functions below
     threshold: float = 0.9  # of sampler threshold: confidence
     sampling_schedule: str = "linear"  # mask rates of the steps, see --schedule
-    ancestral: bool = False  # draw how many tokens a step unmasks (E5), else the mean, rounded
-    remask_eta: float = 1.0  # probability of remasking (E6) ...
-    remask_rule: Literal["cap", "rescale"] = "cap"  # ... at most that, or that share of the most
+    ancestral: bool = False  # draw how many tokens each of --num-steps steps unmasks (E5)
+    remask_eta: float = 1.0  # eta of --remask-rule
+    remask_rule: Literal["cap", "rescale"] = "cap"  # sigma = min(eta, sigma_max); eta sigma_max
     guidance: float = 0.0  # classifier-free guidance by the given text
     block: int = 0  # denoise so many tokens at a time, from the left; 0 = all
     cache: Literal["none", "prefix", "dual"] = "none"  # keep keys and values within a block
@@ -108,9 +109,10 @@ def step_counts(num_masked, N, t, s, cfg, g):
     the binomials of (E5) and (E6)."""
     gamma_of = get_schedule(cfg.sampling_schedule)[0]
     gamma_t, gamma_s = gamma_of(torch.tensor([t, s], dtype=torch.float64)).tolist()
-    most = min(1.0, gamma_s / (1 - gamma_t)) if gamma_t < 1 and cfg.remask != "none" else 0.0
-    eta = cfg.remask_eta
-    sigma = eta * most if cfg.remask_rule == "rescale" else min(eta, most)
+    remasks = gamma_t < 1 and cfg.remask != "none"
+    sigma_max = min(1.0, gamma_s / (1 - gamma_t)) if remasks else 0.0
+    rescale, eta = cfg.remask_rule == "rescale", cfg.remask_eta
+    sigma = eta * sigma_max if rescale else min(eta, sigma_max)
     if cfg.ancestral and cfg.num_steps:  # num_steps 0 is one token a step, drawn or not
         rho = min(1.0, (gamma_t - gamma_s + sigma * (1 - gamma_t)) / gamma_t)
         return tuple(torch.binomial(count.double(), torch.full(N.shape, p).double(), g).long()
@@ -173,9 +175,23 @@ def fill_eos(x, cfg):
     x[(x == cfg.vocab_size) & ((x == cfg.eos).cumsum(1) > 0)] = cfg.eos
 
 
+@contextlib.contextmanager
+def eos_last(cfg):
+    """A Config whose order is that of cfg with positions that look like EOS after all others."""
+    score = mdlm.ORDERS[cfg.order]
+    mdlm.ORDERS["eos_last"] = lambda logp, i: score(logp, i) - 100 * (logp.argmax(1) == cfg.eos)
+    try:
+        yield dataclasses.replace(cfg, order="eos_last", eos_last=False)
+    finally:
+        del mdlm.ORDERS["eos_last"]
+
+
 def decode(model, x, cfg, g, on_step=lambda nfe, x: None):
     """Denoise the canvas x (n, T) block by block: (n, T or --length) and the NFE. The network sees
     seq_len tokens: from the first on or, beyond the context, up to the end of the block."""
+    if cfg.eos_last:
+        with eos_last(cfg) as cfg:
+            return decode(model, x, cfg, g, on_step)
     M, nfe, more = cfg.vocab_size, 0, max(0, cfg.length - x.shape[1])
     x = torch.cat((x, torch.full((len(x), more), M, device=x.device)), 1)
     if cfg.length and ((x != M) & (x != cfg.eos))[:, cfg.length:].any():
@@ -183,10 +199,6 @@ def decode(model, x, cfg, g, on_step=lambda nfe, x: None):
     x = x[:, :cfg.length or None]
     if cfg.eos_fill:
         fill_eos(x, cfg)
-    if cfg.eos_last:
-        score = mdlm.ORDERS[cfg.order]
-        mdlm.ORDERS["eos_last"] = lambda logp, i: score(logp, i) - 100 * (logp.argmax(1) == cfg.eos)
-        cfg = dataclasses.replace(cfg, order="eos_last", eos_last=False)
     T, is_given = x.shape[1], x != M
     size = cfg.block or T
     if T > cfg.seq_len <= size:  # a block must see something on its left
@@ -202,7 +214,7 @@ def decode(model, x, cfg, g, on_step=lambda nfe, x: None):
             net, evaluations = Guided(net, cfg.guidance, is_given[:, context], M), 2
         if cfg.cache != "none":
             net = Cached(net, (in_block if cfg.cache == "dual" else column >= a).nonzero()[:, 0])
-        steps = cfg.num_steps * (j + 1) // len(starts) - cfg.num_steps * j // len(starts)
+        steps = cfg.num_steps * (j + 1) // len(starts) - cfg.num_steps * j // len(starts)  # its own
         share = dataclasses.replace(cfg, num_steps=max(steps, int(cfg.num_steps > 0)))
 
         def look(step, part):
@@ -214,7 +226,6 @@ def decode(model, x, cfg, g, on_step=lambda nfe, x: None):
         x[:, context], num_steps = SAMPLERS[cfg.sampler](
             net, x[:, context], share, g, is_wanted=is_wanted, on_step=look)
         nfe += evaluations * num_steps
-    mdlm.ORDERS.pop("eos_last", None)
     return x, nfe
 
 
