@@ -1,9 +1,7 @@
 """Plumbing of the four scripts that do not use common.py yet: it goes when they do."""
-import ast
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import importlib.util
 import io
 import json
@@ -14,11 +12,9 @@ import signal
 import sys
 import textwrap
 import time
-import tokenize
 import typing
 import uuid
 import warnings
-import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -134,7 +130,7 @@ class Run:
     def __init__(self, cfg, out, training=True, log="log.jsonl"):
         self.cfg, self.out, self.training, self.log_name = cfg, Path(out), training, log
         self.id = uuid.uuid4().hex  # in all files of a checkpoint: none must be of another run
-        self.saved, self.code = 0, ""  # step of the checkpoint that is there; what code made it
+        self.saved = 0  # step of the checkpoint that is there
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(cfg.device)
         self.amp, self.dtype = precision(self.device, cfg.dtype)
@@ -244,7 +240,6 @@ class Run:
         made = json.loads((self.out / "config.json").read_text())
         made["config"] |= dataclasses.asdict(self.cfg)
         del made["config"]["data_dir"]  # a path of this machine
-        made.pop("sha256", None)
         self.log("config", made["run"]["step"], **made, eval=" ".join(sys.argv))
 
     def describe(self):
@@ -307,9 +302,6 @@ class Run:
             raise UserError(f"--resume found no {path}: leave it out to start a new run")
         made = read_json(self.out / "config.json")
         try:
-            with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
-                if file.testzip():
-                    raise ValueError("its checksum is wrong")
             state = torch.load(path, map_location=self.device, weights_only=True)
             ours = made["run"].get("id")  # None: before there were any
             if state.get("id", ours) != ours:
@@ -321,15 +313,8 @@ class Run:
         except Exception as error:
             raise UserError(f"{path} does not fit this model ({last_line(error)}): it is broken or "
                             "was trained with other flags") from None
-        if made.get("sha256") not in (None, checksum(made)):
-            raise UserError(f"{self.out / 'config.json'} is not as the run wrote it: undo what was "
-                            "changed there, and change settings with flags")
         self.id, self.saved = state.get("id", self.id), state["step"]
         if self.rank == 0:
-            log, (size, sha) = self.out / "log.jsonl", state.get("log", (0, None))
-            if sha and log.exists() and hashlib.sha256(log.read_bytes()[:size]).hexdigest() != sha:
-                raise UserError(f"{log} is not as the run wrote it: put the right file back, or "
-                                "delete this one to go on without the past")
             rows = [row for row in self.read_log() if 0 <= row["step"] < state["step"] or
                     row["kind"] == "train" and row["step"] == state["step"]]
             replace(self.out / "log.jsonl", lambda p: p.write_text(
@@ -346,30 +331,25 @@ class Run:
         all. config.json names the new step only when the other files are there."""
         if self.rank:
             return
-        self.code = self.code or code_of(sys.modules[type(self.cfg).__module__].__file__)
         facts = dict(id=self.id, command=" ".join(sys.argv), step=self.saved,
                      device=str(self.device), dtype=self.dtype, threads=torch.get_num_threads(),
                      processes=self.world, torch=torch.__version__, machine=machine(self.device),
-                     parameters=sum(p.numel() for p in model.parameters()), code=self.code,
-                     tokenizer=tokenizer.fingerprint, tokenizer_sha256=checksum(tokenizer.spec))
+                     parameters=sum(p.numel() for p in model.parameters()),
+                     tokenizer=tokenizer.fingerprint)
         made = dict(getattr(ema, "card", {}), config=dataclasses.asdict(self.cfg), run=facts)
         replace(self.out / "tokenizer.json", lambda p: p.write_text(json.dumps(tokenizer.spec)))
         self.write_config(made)
         weights = ema.state_dict()
         replace(self.out / "model.safetensors", lambda p: save_file(
-            weights, p, {"format": "pt", "id": self.id, "sha256": checksum(weights)}))
-        log = self.out / "log.jsonl"
-        log = log.read_bytes() if log.exists() else b""
+            weights, p, {"format": "pt", "id": self.id}))
         state = dict(step=step, model=model.state_dict(), ema=weights, g=g.get_state(), id=self.id,
-                     log=(len(log), hashlib.sha256(log).hexdigest()),
                      optimizers=[optimizer.state_dict() for optimizer in optimizers])
         replace(self.out / "state.pt", lambda p: torch.save(state, p))
         self.saved = facts["step"] = step
         self.write_config(made)
 
     def write_config(self, made):
-        """Write config.json with its checksum."""
-        made["sha256"] = checksum(made)
+        """Write config.json."""
         replace(self.out / "config.json", lambda p: p.write_text(json.dumps(made, indent=1)))
 
 
@@ -406,38 +386,6 @@ def naming(path):
         raise OSError(errno.EIO, "not written whole", str(path)) from None
 
 
-def checksum(stored):
-    """Sha256 of a dictionary of tensors, or of a JSON object without its own `sha256`."""
-    sha = hashlib.sha256()
-    for name, value in sorted(stored.items()):
-        if isinstance(value, torch.Tensor):
-            sha.update(f"{name} {value.dtype} {[*value.shape]}".encode())
-            sha.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-        elif name != "sha256":
-            sha.update(f"{name} {json.dumps(value, sort_keys=True)}".encode())
-    return sha.hexdigest()
-
-
-def code_of(path):
-    """A fingerprint of a script that its comments, docstrings and section 7, its command line, do
-    not change."""
-    text = Path(path).read_text("utf-8")
-    lines, tree = text.splitlines(), ast.parse(text)
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT:
-            if token.string == "# 7. main":
-                del lines[token.start[0] - 1:]
-                break
-            lines[token.start[0] - 1] = lines[token.start[0] - 1][:token.start[1]]
-    for node in ast.walk(tree):
-        if (node is tree or isinstance(node, (ast.ClassDef, ast.FunctionDef))) and \
-                ast.get_docstring(node, False) is not None:
-            for i in range(node.body[0].lineno - 1, min(node.body[0].end_lineno, len(lines))):
-                lines[i] = ""
-    kept = "\n".join(line.rstrip() for line in lines if line.strip())
-    return hashlib.sha256(kept.encode()).hexdigest()[:16]
-
-
 def last_line(error):
     """What an error of another library comes down to."""
     return textwrap.shorten((str(error).strip().splitlines() or [type(error).__name__])[-1], 160)
@@ -472,46 +420,21 @@ def read_json(path):
     return {}
 
 
-def load_tensors(path):
-    """The tensors of a .safetensors file and its metadata; checks the sum that save() wrote."""
-    with safe_open(path, "pt") as file:
-        about = file.metadata() or {}
-    tensors = load_file(path)
-    if about.get("sha256") not in (None, checksum(tensors)):
-        raise SafetensorError("its checksum is wrong")
-    return tensors, about
-
-
 def load_weights(model, out):
     """Copy out/model.safetensors into `model`; a broken or foreign file is a UserError."""
     path, made = Path(out) / "model.safetensors", read_json(Path(out) / "config.json")
-    facts, spec = made.get("run", {}), Path(out) / "tokenizer.json"
+    facts = made.get("run", {})
     try:
-        tensors, about = load_tensors(path)
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
         if "id" in about and about["id"] != facts.get("id", about["id"]):
             raise SafetensorError("it is of another run than config.json")
-        model.load_state_dict(tensors)
+        model.load_state_dict(load_file(path))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: train first, or name the folder with --out") from None
     except (SafetensorError, RuntimeError, OSError) as error:
         raise UserError(f"{path} does not fit this model ({last_line(error)}): it is broken or was "
                         "trained with other flags") from None
-    if facts.get("tokenizer_sha256") not in (None, checksum(read_json(spec))):
-        raise UserError(f"{spec} is not as the run wrote it: put the right one back, the prepared "
-                        "data have it")
-    if made.get("sha256") not in (None, checksum(made)):
-        print(f"note: {path.with_name('config.json')} was edited after the run wrote it")
-
-
-def verify_weights(out):
-    """Raise a UserError if out/model.safetensors is there and is not as a run wrote it."""
-    path = Path(out) / "model.safetensors"
-    try:
-        if path.exists():
-            load_tensors(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is broken ({last_line(error)}): delete the folder {out} and train "
-                        "it again") from None
 
 
 def check_tokenizer(out, tokenizer):

@@ -163,6 +163,7 @@ def load(name, run):
 
 
 def is_small(script):
+    """Is it on common.py?"""
     return script.__name__ in SMALL
 
 
@@ -175,13 +176,6 @@ def amp(model, cfg):
 
 def eval_rows(script, cfg, data, split, n):
     return script.get_eval_rows(getattr(data, split) if is_small(script) else split, cfg, n)
-
-
-def train_rows(script, cfg, data, n):
-    """The first n training documents: (n, T)."""
-    index = np.arange(n)
-    return script.get_rows(data.train, cfg, index) if is_small(script) else script.take(
-        "train", cfg, index)
 
 
 def sample(script, model, cfg, n, g, canvas=None, frames=None):
@@ -493,7 +487,7 @@ def baselines(budget):
         return out
 
     num_rows = min(cfg.steps * cfg.batch_size * cfg.grad_accum, len(data.train[1]) - 1)
-    rows = train_rows(script, cfg, data, num_rows)
+    rows = script.get_rows(data.train, cfg, np.arange(num_rows))
     others = script.get_eval_rows(data.val, cfg, 512)[0]
     out = [row("real", "its grammar, read as a probability", true_nll, x0[:plan["n"]]),
            row("uniform", "every token alike", size * math.log(cfg.vocab_size), None)]

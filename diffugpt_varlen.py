@@ -1444,8 +1444,6 @@ def main(argv):
         cfg.resume = not (Path(parent_of(cfg).out) / "state.pt").exists()
     if command == "train" and not cfg.resume:
         have_parent(cfg)
-        if cfg.init_from == "parent":
-            common.verify_weights(parent_of(cfg).out)
         return train(cfg) and None
     stored = common.load_config(Config, out)  # flags are laid over what the run was made with
     if command != "train":
