@@ -533,8 +533,8 @@ def text_of(path):
 
 def stale(rows):
     """A mark for results that an earlier version of the script made."""
-    return "†" if any(row["code"] != code_of(row["name"])
-                      for row in rows if row["kind"] == "run") else ""
+    runs = [row for row in rows if row["kind"] == "run"]
+    return "†" if any(row["code"] != code_of(row["name"]) for row in runs) else ""
 
 
 def tables(results, root=""):

@@ -76,9 +76,7 @@ def main(argv):
                 threads=torch.get_num_threads(), rows=rows)
     TARGET.write_text(json.dumps(made) + "\n")
     draw(rows)
-    for row in rows:
-        print(f"{row['name']:5} {row['n_embd']:4} {row['steps']:4} {row['nats_per_story']:7.1f} "
-              f"+- {row['se']:.1f}")
+    print(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

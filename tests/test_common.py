@@ -389,7 +389,8 @@ def test_a_second_process_in_the_same_folder_is_one_sentence(home, cli, tmp_path
     out = tmp_path / "run"
     with subprocess.Popen([sys.executable, ROOT / "ar.py", *map(str, line(
             home, out, "--steps", 10 ** 6, "--eval-every", 50))], stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as first:
+            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            preexec_fn=listen) as first:
         wait_for(out / "model.safetensors", first)
         code, _, err = cli("ar", *line(home, out))
         assert f"another process uses {out}: choose another --out" in one_sentence(code, err)
@@ -400,6 +401,11 @@ def test_a_second_process_in_the_same_folder_is_one_sentence(home, cli, tmp_path
     step = state(out)["step"]
     assert err.splitlines()[-1] == f"stopped at step {step}; go on with --resume"
     assert "\r" not in said + err  # the output is no terminal: whole lines only
+
+
+def listen():
+    """In a child: Ctrl-C works, also where the tests run in the background and ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def wait_for(path, process, seconds=300):
@@ -413,8 +419,8 @@ def wait_for(path, process, seconds=300):
 def test_ctrl_c_while_the_data_are_prepared_stops_within_two_seconds(tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TEXT_DIFFUSION_CACHE": str(tmp_path / "cache")}
     with subprocess.Popen([sys.executable, ROOT / "mdlm.py", "--out", str(tmp_path / "run")],
-                          env=env, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE) as process:
+                          env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          preexec_fn=listen) as process:
         wait_for(tmp_path / "cache", process)
         time.sleep(1.5)
         process.send_signal(signal.SIGINT)
@@ -700,10 +706,10 @@ def test_two_processes_give_the_losses_of_one(name, home, straight, tmp_path):
     assert done.stdout.count("step     8: ") == 1  # one process talks
 
 
-def test_fewer_rows_than_processes_are_refused(home, tmp_path, monkeypatch):
+def test_fewer_rows_than_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "5")
     with pytest.raises(common.UserError, match="--batch-size 4 is less than 5 processes"):
-        ar.train(config("ar", home, tmp_path / "run"))
+        common.Run(ar.Config(batch_size=4))
 
 
 @pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"),

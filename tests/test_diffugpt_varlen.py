@@ -16,9 +16,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-import common
+import common_v1 as common
 import diffugpt_varlen as script
-from common import UserError
+from common_v1 import UserError
 from data.prepare import get_tokenizer
 from tables import all_rows, chi_square, generator, mean_and_se
 
@@ -1563,9 +1563,12 @@ def cli(monkeypatch, capsys):
     def call(*argv):
         monkeypatch.setattr(sys, "argv", [f"{script.NAME}.py", *map(str, argv)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
+        try:
             common.run_main(script.main)
-        return stop.value.code or 0, *capsys.readouterr()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
     return call
 
 
