@@ -11,9 +11,6 @@ the same test documents with the same positions scored. Nothing here is a model:
 command of a script that stands in its row, and n-gram models, whose counts need no training, say
 what is left to learn. An interrupted comparison goes on where it stopped; runs are kept in
 out/compare/, and only those are made again whose script or settings have changed.
-
-Kinds of numbers: `=` is an exact likelihood, `<=` an upper bound on one (part of the difference of
-the two may be the looseness of the bound), and metrics of samples are no likelihood at all.
 """
 import argparse
 import ast

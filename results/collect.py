@@ -15,7 +15,6 @@ def collect(out, target, every=25):
     if (Path(out) / "config.json").exists():  # a script on common_v1.py: the log has no such row
         made = json.loads((Path(out) / "config.json").read_text())
         del made["config"]["data_dir"]  # a path of the machine it ran on
-        made.pop("sha256", None)  # of the file with it
         rows.insert(0, dict(kind="config", **made))
     lines = [json.dumps(row) for row in rows]
     Path(target).write_text("\n".join(lines) + "\n")
