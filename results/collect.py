@@ -16,9 +16,8 @@ def collect(out, target, every=25):
         made = json.loads((Path(out) / "config.json").read_text())
         del made["config"]["data_dir"]  # a path of the machine it ran on
         rows.insert(0, dict(kind="config", **made))
-    lines = [json.dumps(row) for row in rows]
-    Path(target).write_text("\n".join(lines) + "\n")
-    return len(lines)
+    Path(target).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return len(rows)
 
 
 if __name__ == "__main__":
