@@ -331,10 +331,10 @@ def show_samples(run, sample, model, tokenizer, cfg, step=None):
 def plot_loss(out):
     """loss.png: training loss and validation against the step."""
     from matplotlib.figure import Figure
-    axes = (figure := Figure()).subplots()
+    axes = (figure := Figure(layout="constrained")).subplots()
     for kind, key in (("train", "loss"), ("val", "nats_per_token")):
         rows = [row for row in read_log(out) if row["kind"] == kind]
         axes.plot([row["step"] for row in rows], [row[key] for row in rows], label=f"{kind} {key}")
-    axes.set(xlabel="step", ylabel="nats; for the unit of the loss see loss_fn", yscale="log")
+    axes.set(xlabel="step", ylabel="nats (unit of the loss: see loss_fn)", yscale="log")
     axes.legend()
     replace(Path(out) / "loss.png", lambda file: figure.savefig(file))
