@@ -300,8 +300,7 @@ def nelbo_integrand(odds, bits, clean, lam):
 
 def corrupt(x0, cfg, g):
     """The forward process: noisy bits (B, T, K), their log-odds lam and each token's weight in the
-    loss, (B, T) each: the mean over the noisy tokens of a row, then over rows. t is spread evenly
-    over the batch."""
+    loss, (B, T) each: the mean over the noisy tokens of a row, then over rows."""
     B, T = x0.shape
     t = ((torch.arange(B) + torch.rand(1, generator=g)) / B)[:, None]  # low-discrepancy
     lam, _ = noise_levels(t, position_times(x0.shape, cfg, g), cfg)
@@ -387,9 +386,8 @@ def flip_probability(lam_t, lam_s, y):
 def predict_x0(model, logits, bits, lam, cfg, g):
     """Codes (n, K) of tokens drawn from logits (n, V). Temperature, top-k and top-p act on what the
     context says; the self-likelihood is an observation."""
-    own = model.self_likelihood(bits, lam)
-    logits = filter_logits(logits - own + cfg.temperature * own, cfg)
-    return model.codes[categorical(logits, g)]  # (E8)
+    logits = logits + (cfg.temperature - 1) * model.self_likelihood(bits, lam)
+    return model.codes[categorical(filter_logits(logits, cfg), g)]  # (E8)
 
 
 @torch.no_grad()
@@ -402,8 +400,7 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict_x0=predict_x0)
     bits = q_sample(model.codes[x.masked_fill(~is_given, 0)], is_given * CLEAN, g)
     tau = position_times(x.shape, cfg, g, is_given.cpu()).to(device)
     if cfg.order == "l2r":
-        column = torch.arange(x.shape[1], device=device).expand(x.shape)
-        tau = reassign_times(tau, ~is_given, -column.float())
+        tau = reassign_times(tau, ~is_given, -(~is_given).cumsum(1).float())
     steps = cfg.num_steps or x.shape[1]
     for k in range(steps, 0, -1):
         lam, lam_s = (noise_levels(t / steps, tau, cfg)[0] for t in (k, k - 1))
@@ -452,14 +449,14 @@ def make_optimizers(model, cfg):
                               cfg.lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def evaluate(model, data, cfg, split="val", n=128):
+def evaluate(model, data, cfg, split="val", n=128, nelbo=nelbo):
     """The bound for the first n rows of a split, as a row of the log."""
     x0, true_nll = get_eval_rows(getattr(data, split), cfg, n)
     nats = nelbo(model, x0.to(model.head.weight.device), cfg, torch.Generator().manual_seed(0))
     return likelihood(nats, x0, true_nll, data.tokenizer, cfg, "upper")
 
 
-def train(cfg, Model=Model, corrupt=corrupt, sample=sample):
+def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sample=sample):
     """Train as cfg says; returns the averaged model. What it makes is in the run folder."""
     with common.Run(cfg) as run:
         data = load_data(cfg, quiet=run.rank > 0)
@@ -475,7 +472,7 @@ def train(cfg, Model=Model, corrupt=corrupt, sample=sample):
         run.begin(step, model, data)
         while step < cfg.steps and not run.stopping():
             if step % cfg.eval_every == 0:
-                run.validate(step, lambda: evaluate(ema, data, cfg))
+                run.validate(step, lambda: evaluate(ema, data, cfg, nelbo=nelbo))
             for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
                 group["lr"] = get_lr(step, cfg) * group["scale"]
             # one batch and its noise, shared out to micro-batches and processes
@@ -504,7 +501,7 @@ def train(cfg, Model=Model, corrupt=corrupt, sample=sample):
         if step < cfg.steps:
             run.save(step, *state)
             raise KeyboardInterrupt(f"stopped at step {step}; go on with --resume")
-        run.validate(step, lambda: evaluate(ema, data, cfg))
+        run.validate(step, lambda: evaluate(ema, data, cfg, nelbo=nelbo))
         if run.rank == 0:
             common.show_samples(run, sample, ema, data.tokenizer, cfg, step)
             common.plot_loss(run.out)
@@ -512,17 +509,18 @@ def train(cfg, Model=Model, corrupt=corrupt, sample=sample):
 
 
 # ---- 7. main -----------------------------------------------------------------------------------
-def main(argv, Config=Config, Model=Model, corrupt=corrupt, sample=sample):
+def main(argv, Config=Config, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo,
+         sample=sample):
     """train (default), sample or eval. lab/ passes variants of the last arguments."""
     command, cfg = common.parse(Config, PRESETS, argv)
     if command == "train":
-        return train(cfg, Model, corrupt, sample)
+        return train(cfg, Model, corrupt, loss_fn, nelbo, sample)
     run = common.Run(cfg)
     data = load_data(cfg) if command == "eval" else None
     model, tokenizer = common.load_model(Model, cfg, run.device, data)
     if command == "eval":
         with run.amp:
-            run.say(f"test: {report(evaluate(model, data, cfg, 'test', 500))}")
+            run.say(f"test: {report(evaluate(model, data, cfg, 'test', 500, nelbo))}")
     common.show_samples(run, sample, model, tokenizer, cfg)
 
 

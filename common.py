@@ -28,7 +28,6 @@ from data.prepare import Tokenizer
 from data.tales import grade
 from data.units import report, tokens_of
 
-# what a checkpoint fixes: sample, eval and --resume refuse another value
 CHECKPOINT_KEYS = ("preset", "vocab_size", "seq_len", "rows", "n_layer", "n_head", "n_embd")
 
 
@@ -59,14 +58,15 @@ def parse(Config, presets, argv):
 
 def check(cfg, stored):
     """One UserError about all values that cannot work: an int must be at least 1 (0 where that is
-    the default, and num_steps), a float at least 0, and CHECKPOINT_KEYS as in `stored`."""
+    the default, and num_steps), a float at least 0, and what a checkpoint fixes as `stored` has it."""
     bad = cfg.problems() if hasattr(cfg, "problems") else []
+    keys = CHECKPOINT_KEYS + getattr(cfg, "checkpoint_keys", ())
     for field in dataclasses.fields(cfg):
         value, flag = getattr(cfg, field.name), f"--{field.name.replace('_', '-')}"
         least = 1 if field.type is int and field.default and field.name != "num_steps" else 0
         if field.type in (int, float) and not least <= value < 2 ** 31:  # nan is refused, too
             bad.append(f"{flag} is {value}, it must be at least {least} and less than 2^31")
-        if field.name in CHECKPOINT_KEYS and value != getattr(stored, field.name):
+        if field.name in keys and value != getattr(stored, field.name):
             bad.append(f"{flag} is {value}, the checkpoint has {getattr(stored, field.name)}")
     if cfg.n_embd % (2 * max(1, cfg.n_head)):
         bad.append(f"--n-embd {cfg.n_embd} must be a multiple of 2 x n_head = {2 * cfg.n_head}")

@@ -26,9 +26,8 @@ Equations. E (V, d): a vector of norm 1 for each token; snr = alpha^2 / sigma^2,
 Shapes: B rows, T tokens, V vocabulary, C width, H heads, D = C / H, d embedding width. Units: nats.
 Every position of a row is scored, also the EOS that fill it up. g draws all noise.
 
-Differs from the papers: the network predicts tokens and (E4) adds the self-likelihood exactly;
-positions have their own times (E2); lam ranges around the place where a token is lost. Differs from
-ar.py: input is a noisy vector; attention is bidirectional, blocks are told the noise level (adaLN).
+Differs from the papers: (E4); own times (E2); lam lies around the place where a token is lost.
+Differs from ar.py: noisy vectors in, bidirectional attention, adaLN-zero on the noise level.
 """
 import copy
 import math
@@ -189,7 +188,7 @@ class Block(nn.Module):
 
 
 def logsnr_range(cfg):
-    """Largest and smallest lam. A token alone is lost near snr = 2 ln V, the center."""
+    """Largest and smallest lam, around the place where a token alone is lost, snr = 2 ln V."""
     center = math.log(2 * math.log(cfg.vocab_size))
     return center + cfg.logsnr_above, center - cfg.logsnr_below
 
@@ -292,9 +291,8 @@ def q_sample(emb, lam, eps):
 
 
 def corrupt(x0, cfg, g):
-    """The noise of the forward process: lam (B, T), eps (B, T, d), from which loss_fn makes z with
-    embeddings that are still learned, and each token's weight in the loss (B, T): the mean over the
-    noisy tokens of a row, then over rows. t is spread evenly over the batch."""
+    """The noise of the forward process, lam (B, T) and eps (B, T, d), to which loss_fn adds the
+    embeddings, and each token's weight in the loss (B, T): the mean over a row, then over rows."""
     B, T = x0.shape
     t = ((torch.arange(B) + torch.rand(1, generator=g)) / B)[:, None]  # low-discrepancy
     own, lam, _ = noise_levels(t, position_times(x0.shape, cfg, g), cfg)
@@ -321,9 +319,9 @@ def nelbo(model, x0, cfg, g, K=8, is_given=None):
     u, tau = torch.rand(B, 1, generator=g), position_times(x0.shape, cfg, g, is_given)
     first = tau.amin(1, keepdim=True).clamp(max=1)  # the snr changes between these times only
     last = tau.masked_fill(is_given, -cfg.noise_window).amax(1, keepdim=True) + cfg.noise_window
-    low = torch.tensor(logsnr_range(cfg)[1])
+    low = torch.tensor(logsnr_range(cfg)[1]).double()
     prior = 0.5 * (cfg.emb_dim * (-low.sigmoid() - F.logsigmoid(-low)) + low.sigmoid())
-    total = prior.double() * (~is_given).sum(1)  # (E5)
+    total = prior * (~is_given).sum(1)  # (E5)
     for k in range(K + 1):
         t = first + (last - first) * (k + u) / K if k < K else torch.zeros(B, 1)
         _, lam, slope = noise_levels(t, tau, cfg)
@@ -385,9 +383,8 @@ def posterior(lam_t, lam_s):
 def predict_x0(model, logits, z, lam, cfg, g):
     """Embeddings (n, d) of tokens drawn from logits (n, V). Temperature, top-k and top-p act on
     what the context says; the self-likelihood is an observation."""
-    own = model.self_likelihood(z, lam)
-    logits = filter_logits(logits - own + cfg.temperature * own, cfg)
-    return model.embeddings()[categorical(logits, g)]  # (E7)
+    logits = logits + (cfg.temperature - 1) * model.self_likelihood(z, lam)
+    return model.embeddings()[categorical(filter_logits(logits, cfg), g)]  # (E7)
 
 
 @torch.no_grad()
@@ -400,8 +397,7 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict_x0=predict_x0)
     z = eps = torch.randn(emb.shape, generator=g).to(device)
     tau = position_times(x.shape, cfg, g, is_given.cpu()).to(device)
     if cfg.order == "l2r":
-        column = torch.arange(x.shape[1], device=device).expand(x.shape)
-        tau = reassign_times(tau, ~is_given, -column.float())
+        tau = reassign_times(tau, ~is_given, -(~is_given).cumsum(1).float())
     steps = cfg.num_steps or x.shape[1]
     for k in range(steps, -1, -1):
         own, lam, _ = noise_levels(k / steps, tau, cfg)
@@ -424,16 +420,15 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict_x0=predict_x0)
         # 3. draw: one reverse step, or at t = 0 the tokens
         if k == 0:
             x[is_target] = categorical(logits, g)
-            seen = x
-        else:
-            z_t, lam_t, lam_s_t = z[is_target], lam[is_target], lam_s[is_target]
-            x0_hat = predict_x0(model, logits, z_t, lam_t, cfg, g)
-            A, B, sigma_q = posterior(lam_t, lam_s_t)
-            xi = torch.randn(z.shape, generator=g).to(device)[is_target]
-            z = z.masked_scatter(is_target[..., None], A * z_t + B * x0_hat + sigma_q * xi)  # (E7)
-            p, best = model.self_likelihood(z, lam_s).softmax(2).max(2)
-            seen = torch.where(is_given, x, best.masked_fill(p < 0.5, V))
-        on_step(nfe, seen)
+            on_step(nfe, x)
+            break
+        z_t, lam_t = z[is_target], lam[is_target]
+        x0_hat = predict_x0(model, logits, z_t, lam_t, cfg, g)
+        A, B, sigma_q = posterior(lam_t, lam_s[is_target])
+        xi = torch.randn(z.shape, generator=g).to(device)[is_target]
+        z = z.masked_scatter(is_target[..., None], A * z_t + B * x0_hat + sigma_q * xi)  # (E7)
+        p, best = model.self_likelihood(z, lam_s).softmax(2).max(2)
+        on_step(nfe, torch.where(is_given, x, best.masked_fill(p < 0.5, V)))
     return x, nfe
 
 
@@ -456,14 +451,14 @@ def make_optimizers(model, cfg):
                               cfg.lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def evaluate(model, data, cfg, split="val", n=128):
+def evaluate(model, data, cfg, split="val", n=128, nelbo=nelbo):
     """The bound for the first n rows of a split, as a row of the log."""
     x0, true_nll = get_eval_rows(getattr(data, split), cfg, n)
     nats = nelbo(model, x0.to(model.head.weight.device), cfg, torch.Generator().manual_seed(0))
     return likelihood(nats, x0, true_nll, data.tokenizer, cfg, "upper")
 
 
-def train(cfg, Model=Model, corrupt=corrupt, sample=sample):
+def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sample=sample):
     """Train as cfg says; returns the averaged model. What it makes is in the run folder."""
     with common.Run(cfg) as run:
         data = load_data(cfg, quiet=run.rank > 0)
@@ -479,7 +474,7 @@ def train(cfg, Model=Model, corrupt=corrupt, sample=sample):
         run.begin(step, model, data)
         while step < cfg.steps and not run.stopping():
             if step % cfg.eval_every == 0:
-                run.validate(step, lambda: evaluate(ema, data, cfg))
+                run.validate(step, lambda: evaluate(ema, data, cfg, nelbo=nelbo))
             for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
                 group["lr"] = get_lr(step, cfg) * group["scale"]
             # one batch and its noise, shared out to micro-batches and processes
@@ -508,7 +503,7 @@ def train(cfg, Model=Model, corrupt=corrupt, sample=sample):
         if step < cfg.steps:
             run.save(step, *state)
             raise KeyboardInterrupt(f"stopped at step {step}; go on with --resume")
-        run.validate(step, lambda: evaluate(ema, data, cfg))
+        run.validate(step, lambda: evaluate(ema, data, cfg, nelbo=nelbo))
         if run.rank == 0:
             common.show_samples(run, sample, ema, data.tokenizer, cfg, step)
             common.plot_loss(run.out)
@@ -516,17 +511,18 @@ def train(cfg, Model=Model, corrupt=corrupt, sample=sample):
 
 
 # ---- 7. main -----------------------------------------------------------------------------------
-def main(argv, Config=Config, Model=Model, corrupt=corrupt, sample=sample):
+def main(argv, Config=Config, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo,
+         sample=sample):
     """train (default), sample or eval. lab/ passes variants of the last arguments."""
     command, cfg = common.parse(Config, PRESETS, argv)
     if command == "train":
-        return train(cfg, Model, corrupt, sample)
+        return train(cfg, Model, corrupt, loss_fn, nelbo, sample)
     run = common.Run(cfg)
     data = load_data(cfg) if command == "eval" else None
     model, tokenizer = common.load_model(Model, cfg, run.device, data)
     if command == "eval":
         with run.amp:
-            run.say(f"test: {report(evaluate(model, data, cfg, 'test', 500))}")
+            run.say(f"test: {report(evaluate(model, data, cfg, 'test', 500, nelbo))}")
     common.show_samples(run, sample, model, tokenizer, cfg)
 
 

@@ -361,14 +361,14 @@ def make_optimizers(model, cfg):
                               cfg.lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def evaluate(model, data, cfg, split="val", n=128):
+def evaluate(model, data, cfg, split="val", n=128, nelbo=nelbo):
     """The bound for the first n rows of a split, as a row of the log."""
     x0, true_nll = get_eval_rows(getattr(data, split), cfg, n)
     nats = nelbo(model, x0.to(model.head.weight.device), cfg, torch.Generator().manual_seed(0))
     return likelihood(nats, x0, true_nll, data.tokenizer, cfg, "upper")
 
 
-def train(cfg, Model=Model, corrupt=corrupt, sample=sample):
+def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sample=sample):
     """Train as cfg says; returns the averaged model. What it makes is in the run folder."""
     with common.Run(cfg) as run:
         data = load_data(cfg, quiet=run.rank > 0)
@@ -384,7 +384,7 @@ def train(cfg, Model=Model, corrupt=corrupt, sample=sample):
         run.begin(step, model, data)
         while step < cfg.steps and not run.stopping():
             if step % cfg.eval_every == 0:
-                run.validate(step, lambda: evaluate(ema, data, cfg))
+                run.validate(step, lambda: evaluate(ema, data, cfg, nelbo=nelbo))
             for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
                 group["lr"] = get_lr(step, cfg) * group["scale"]
             # one batch and its noise, shared out to micro-batches and processes
@@ -413,7 +413,7 @@ def train(cfg, Model=Model, corrupt=corrupt, sample=sample):
         if step < cfg.steps:
             run.save(step, *state)
             raise KeyboardInterrupt(f"stopped at step {step}; go on with --resume")
-        run.validate(step, lambda: evaluate(ema, data, cfg))
+        run.validate(step, lambda: evaluate(ema, data, cfg, nelbo=nelbo))
         if run.rank == 0:
             common.show_samples(run, sample, ema, data.tokenizer, cfg, step)
             common.plot_loss(run.out)
@@ -421,17 +421,18 @@ def train(cfg, Model=Model, corrupt=corrupt, sample=sample):
 
 
 # ---- 7. main -----------------------------------------------------------------------------------
-def main(argv, Config=Config, Model=Model, corrupt=corrupt, sample=sample):
+def main(argv, Config=Config, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo,
+         sample=sample):
     """train (default), sample or eval. lab/ passes variants of the last arguments."""
     command, cfg = common.parse(Config, PRESETS, argv)
     if command == "train":
-        return train(cfg, Model, corrupt, sample)
+        return train(cfg, Model, corrupt, loss_fn, nelbo, sample)
     run = common.Run(cfg)
     data = load_data(cfg) if command == "eval" else None
     model, tokenizer = common.load_model(Model, cfg, run.device, data)
     if command == "eval":
         with run.amp:
-            run.say(f"test: {report(evaluate(model, data, cfg, 'test', 500))}")
+            run.say(f"test: {report(evaluate(model, data, cfg, 'test', 500, nelbo))}")
     common.show_samples(run, sample, model, tokenizer, cfg)
 
 

@@ -2,14 +2,13 @@
 
 Method: the state [(0.6, cat), (0.3, dog), (0.1, pet)] of A. Holmes' "Sparse Distribution Diffusion"
 (github.com/aaholmes/diffusion-llm), here with a forward process that has a likelihood: the
-candidates are the top k of an exact posterior. In the original the answer is among the candidates
-in training, not in sampling: lab/sdd_variants.py, notebook 05.
+candidates are the top k of an exact posterior. lab/sdd_variants.py has the original, notebook 05
+says why it cannot generate: only in training is the answer among the candidates.
 
     python sdd.py               6 to 9 minutes, 2 CPU cores: val <= 1.63 nats/token (entropy 0.91)
     python sdd.py sample --prompt "Once upon a time" --num-samples 3 --trace
     python sdd.py sample --infill "Once upon a ___ there was ___"
     python sdd.py eval          the bound on the test split, samples
-    python lab/sdd_variants.py --process original --out out/original       the leak
 
 Equations. prec_i >= 0 is the precision of position i; e_v the one-hot vector of token v.
     (E1)  forward process: z_i = prec_i e_x + sqrt(prec_i) eps, V numbers, x = x_0,i: observations
@@ -17,14 +16,14 @@ Equations. prec_i >= 0 is the precision of position i; e_v the one-hot vector of
     (E2)  self-likelihood: log q(z_i | v) = z_i,v + const, so softmax(z_i) = p(x_0,i | z_i), every
           token alike before
     (E3)  state_i: the k largest of softmax(z_i) as (token, log p), and the log of the other mass
-    (E4)  each position has its own time t_i = clamp((t - tau_i) / w, 0, 1), and prec(t_i) falls from
+    (E4)  each position has its own time t_i = clamp((t - tau_i) / w, 0, 1); prec(t_i) falls from
           infinity to 0; w = 1: the same for all; w -> 0: masked diffusion in random order
     (E5)  p_i = softmax(net_i(states) + z_i), by Bayes' rule; the network sees states alone
     (E6)  -log p(x_0) <= NELBO = 1/2 sum_i int E |e_x - p_i|^2 d prec_i, for any tau; there is no
           other term: at prec = 0 nothing is known, at infinity everything
     (E7)  reverse step, a = prec_s - prec_t: z_s = z_t + a h + sqrt(a) xi; sampler token: h = e_v,
-          v ~ p; ancestral: h = p; deterministic: z_s = prec_s p + sqrt(prec_s / prec_t) (z_t -
-          prec_t p)
+          v ~ p; ancestral: h = p; deterministic: z_s = prec_s p + sqrt(prec_s / prec_t) z' with
+          z' = z_t - prec_t p
     (E8)  remasking, prec_s < prec_t: z_s = r z_t + sqrt(prec_t r (1 - r)) xi, r = prec_s / prec_t
 
 Shapes: B rows, T tokens, V vocabulary, K candidates, C width, H heads, D = C / H. Units: nats.
@@ -98,8 +97,7 @@ class Config:
     def problems(self):
         bad = [] if 0 < self.noise_window <= 1 else ["--noise-window must be in (0, 1]"]
         if self.remask == "conf" and self.order != "maxprob":
-            bad.append(f"--remask conf needs --order maxprob: add --remask none to --order "
-                       f"{self.order}")
+            bad.append("--remask conf needs --order maxprob: add --remask none")
         return bad
 
 
@@ -189,14 +187,12 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-CAP = 10.0  # largest logit of the network, either sign: context alone gives odds up to e^20
-
-
 class Model(nn.Module):
     """Bidirectional transformer over states: candidates ids (B, T, K) and logp (B, T, K + 1), their
     log-probabilities and, last, that of all other tokens -> the context's logits net (B, T, V) of
-    (E5), or (n, V) at the n positions of a boolean `is_target` (B, T). Where a position is clean,
-    its first candidate has logp 0; where nothing is known, all others have."""
+    (E5), or (n, V) at the n positions of a boolean `is_target` (B, T). The first candidate of a
+    clean position has logp 0; where nothing is known, all others together have it."""
+    CAP = 10.0  # largest logit of the network, either sign: context alone gives odds up to e^20
 
     def __init__(self, cfg):
         super().__init__()
@@ -236,11 +232,16 @@ class Model(nn.Module):
             x = block(x, positions)
         x = self.norm(x)
         net = self.head(x if is_target is None else x[is_target]).float()
-        return CAP * (net / CAP).tanh()  # no context outweighs a certain observation
+        return self.CAP * (net / self.CAP).tanh()  # no context outweighs a certain observation
 
 
 # ---- 4. corrupt and loss -----------------------------------------------------------------------
 CLEAN = 200.0  # precision of a clean position: z is largest at another token with odds of 1e-18
+
+
+def between(prec):
+    """Where something, but not all is known, and z counts: boolean (B, T)."""
+    return (prec > 0) & (prec < CLEAN)
 
 
 def position_times(shape, cfg, g, is_given=None):
@@ -262,11 +263,6 @@ def noise_levels(t, tau, cfg):
     prec = (unit * -own.log()).clamp(0, CLEAN)
     slope = torch.where((prec > 0) & (prec < CLEAN), unit / own, 0.0)
     return prec.float(), slope / cfg.noise_window
-
-
-def between(prec):
-    """The positions whose z counts: boolean (B, T)."""
-    return (prec > 0) & (prec < CLEAN)
 
 
 def q_sample(x0, prec, eps):
@@ -313,7 +309,7 @@ def squared_error(logits, x0):
 def corrupt(x0, cfg, g):
     """The noise of the forward process: precision (B, T), eps (B, M, V) for the at most M positions
     of a row that are in between, in their order, and each token's weight in the loss (B, T): the
-    mean over the noisy tokens of a row, then over rows. t is spread evenly over the batch."""
+    mean over the noisy tokens of a row, then over rows."""
     B, T = x0.shape
     t = ((torch.arange(B) + torch.rand(1, generator=g)) / B)[:, None]  # low-discrepancy
     prec, _ = noise_levels(t, position_times(x0.shape, cfg, g), cfg)
@@ -351,9 +347,8 @@ def nelbo(model, x0, cfg, g, K=8, is_given=None):
         nats = torch.zeros(B, T).double()
         for i in torch.arange(B).split(64):
             x, prec_i, target = x0[i.to(device)], prec[i].to(device), (slope[i] > 0).to(device)
-            is_noisy = between(prec_i)
-            eps = torch.randn(int(is_noisy.sum()), cfg.vocab_size, generator=g).to(device)
-            z = q_sample(x[is_noisy], prec_i[is_noisy], eps)
+            x_z, prec_z = x[between(prec_i)], prec_i[between(prec_i)]
+            z = q_sample(x_z, prec_z, torch.randn(len(x_z), cfg.vocab_size, generator=g).to(device))
             cost = 0.5 * squared_error(predict(model, x, prec_i, z, target), x[target])
             nats[i] = nats[i].masked_scatter(slope[i] > 0, cost.cpu())
         total += ((last - first) / K * slope * nats).sum(1)  # (E6)
@@ -414,12 +409,10 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict=predict):
     tau = position_times(x.shape, cfg, g, is_given.cpu()).to(device)
     prec = torch.where(is_given, CLEAN, 0.0)
     if cfg.order == "l2r":
-        column = torch.arange(x.shape[1], device=device).expand(x.shape)
-        tau = reassign_times(tau, ~is_given, -column.float())
+        tau = reassign_times(tau, ~is_given, -(~is_given).cumsum(1).float())
     steps = cfg.num_steps or x.shape[1]
     for k in range(steps, 0, -1):
-        time = torch.full((1, 1), (k - 1) / steps, device=device)
-        prec_s = noise_levels(time, tau, cfg)[0]
+        prec_s = noise_levels((k - 1) / steps, tau, cfg)[0]
         # 1. predict, where precision grows; with maxprob at all noisy positions, to choose
         is_target = prec < CLEAN if cfg.order == "maxprob" else prec_s > prec
         if not is_target.any():
@@ -436,11 +429,11 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict=predict):
                 score = torch.where(prec < CLEAN, 1000 + conf, conf - gumbel)
             is_waiting = ~is_given if cfg.remask == "conf" else prec == 0
             tau = reassign_times(tau, is_waiting, score)
-            prec_s = noise_levels(time, tau, cfg)[0]
+            prec_s = noise_levels((k - 1) / steps, tau, cfg)[0]
             keep, is_target = (prec_s > prec)[is_target], prec_s > prec
             logits, own = logits[keep], own[keep]
         # 3. draw: temperature, top-k and top-p act on what the context says, own is an observation
-        p = filter_logits(logits - own + cfg.temperature * own, cfg)
+        p = filter_logits(logits + (cfg.temperature - 1) * own, cfg)
         tokens = p.argmax(1) if cfg.sampler == "deterministic" else categorical(p, g)
         h = F.one_hot(tokens, V).to(z)
         if cfg.sampler != "token":  # where prec_s is clean z becomes a token
@@ -477,14 +470,14 @@ def make_optimizers(model, cfg):
                               cfg.lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def evaluate(model, data, cfg, split="val", n=128):
+def evaluate(model, data, cfg, split="val", n=128, nelbo=nelbo):
     """The bound for the first n rows of a split, as a row of the log."""
     x0, true_nll = get_eval_rows(getattr(data, split), cfg, n)
     nats = nelbo(model, x0.to(model.head.weight.device), cfg, torch.Generator().manual_seed(0))
     return likelihood(nats, x0, true_nll, data.tokenizer, cfg, "upper")
 
 
-def train(cfg, Model=Model, corrupt=corrupt, sample=sample):
+def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sample=sample):
     """Train as cfg says; returns the averaged model. What it makes is in the run folder."""
     with common.Run(cfg) as run:
         data = load_data(cfg, quiet=run.rank > 0)
@@ -500,7 +493,7 @@ def train(cfg, Model=Model, corrupt=corrupt, sample=sample):
         run.begin(step, model, data)
         while step < cfg.steps and not run.stopping():
             if step % cfg.eval_every == 0:
-                run.validate(step, lambda: evaluate(ema, data, cfg))
+                run.validate(step, lambda: evaluate(ema, data, cfg, nelbo=nelbo))
             for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
                 group["lr"] = get_lr(step, cfg) * group["scale"]
             # one batch and its noise, shared out to micro-batches and processes
@@ -529,7 +522,7 @@ def train(cfg, Model=Model, corrupt=corrupt, sample=sample):
         if step < cfg.steps:
             run.save(step, *state)
             raise KeyboardInterrupt(f"stopped at step {step}; go on with --resume")
-        run.validate(step, lambda: evaluate(ema, data, cfg))
+        run.validate(step, lambda: evaluate(ema, data, cfg, nelbo=nelbo))
         if run.rank == 0:
             common.show_samples(run, sample, ema, data.tokenizer, cfg, step)
             common.plot_loss(run.out)
@@ -537,17 +530,18 @@ def train(cfg, Model=Model, corrupt=corrupt, sample=sample):
 
 
 # ---- 7. main -----------------------------------------------------------------------------------
-def main(argv, Config=Config, Model=Model, corrupt=corrupt, sample=sample):
+def main(argv, Config=Config, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo,
+         sample=sample):
     """train (default), sample or eval. lab/ passes variants of the last arguments."""
     command, cfg = common.parse(Config, PRESETS, argv)
     if command == "train":
-        return train(cfg, Model, corrupt, sample)
+        return train(cfg, Model, corrupt, loss_fn, nelbo, sample)
     run = common.Run(cfg)
     data = load_data(cfg) if command == "eval" else None
     model, tokenizer = common.load_model(Model, cfg, run.device, data)
     if command == "eval":
         with run.amp:
-            run.say(f"test: {report(evaluate(model, data, cfg, 'test', 500))}")
+            run.say(f"test: {report(evaluate(model, data, cfg, 'test', 500, nelbo))}")
     common.show_samples(run, sample, model, tokenizer, cfg)
 
 
