@@ -58,7 +58,7 @@ def parse(Config, presets, argv):
 
 def check(cfg, stored):
     """One UserError about all values that cannot work: an int must be at least 1 (0 where that is
-    the default, and num_steps), a float at least 0, and what a checkpoint fixes as `stored` has it."""
+    the default, and num_steps), a float at least 0, and the fixed fields as in `stored`."""
     bad = cfg.problems() if hasattr(cfg, "problems") else []
     keys = CHECKPOINT_KEYS + getattr(cfg, "checkpoint_keys", ())
     for field in dataclasses.fields(cfg):

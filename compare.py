@@ -36,9 +36,8 @@ import common_v1
 from common import UserError
 from data.prepare import load_data
 from data.units import report, se, tokens_of
+from lab import bit_variants, decoding, dit_variants, mdlm_eval, sdd_variants
 from lab.ar_extra import infill_left
-from lab.decoding import Config as DecodingConfig
-from lab.mdlm_eval import nelbo_steps
 from lab.metrics import load_judge, measure as measure_samples
 
 ROOT = Path(__file__).parent
@@ -50,7 +49,7 @@ IDEAS = {  # in the order of the tables
     "sdd": "show k weighted candidates a position, predict tokens",
     "diffugpt_varlen": "adapt a causal GPT to diffusion, predict length",
 }
-SMALL = ("ar", "mdlm")  # on common.py; the others are on common_v1.py, whose names differ
+SMALL = ("ar", "mdlm", "dit_embed", "bit_diffusion", "sdd")  # diffugpt_varlen: on common_v1.py
 BUDGETS = dict(  # settings of every run; test documents, samples, NFE of the few-step frontier
     quick=dict(run=dict(steps=16, eval_every=16, n_layer=1, n_head=2, n_embd=64, device="cpu",
                         sampling_steps=8), seeds=(1337,), test=16, n=4, frontier=(4,)),
@@ -62,6 +61,11 @@ BUDGETS = dict(  # settings of every run; test documents, samples, NFE of the fe
 METRICS = ("valid_stories", "prefix", "valid_sentences", "consistent", "true_nll", "entropy",
            "distinct_2", "repetition")
 SIGN = dict(exact="=", upper="<=")
+STEPS_BOUND = dict(  # whose bound of few steps is known
+    mdlm=(decoding.Config, mdlm_eval.nelbo_steps),
+    dit_embed=(dit_variants.Config, dit_variants.nelbo_steps),
+    bit_diffusion=(bit_variants.Config, bit_variants.nelbo_steps),
+    sdd=(sdd_variants.Config, sdd_variants.nelbo_steps))
 
 
 # -------------------------------------------------------------------------------------- the runs
@@ -213,10 +217,9 @@ def evaluate(script, model, cfg, data, n):
 
 def ancestral(script, cfg):
     """cfg with the sampler that the likelihood is about: temperature 1, one token a step."""
-    if script.__name__ == "mdlm":
-        return dataclasses.replace(cfg, order="random", num_steps=0, temperature=1.0,
-                                   remask="none")
-    return cfg
+    own = dict(order="random", num_steps=0, temperature=1.0, remask="none", sampler="token")
+    return dataclasses.replace(cfg, **{k: v for k, v in own.items() if hasattr(cfg, k)}) \
+        if is_small(script) and script.__name__ != "ar" else cfg
 
 
 def default_sampler(script, cfg):
@@ -314,13 +317,12 @@ def measure(name, budget, seed):
         for steps in plan["frontier"] if seed == plan["seeds"][0] and name != "ar" else ():
             some = with_steps(script, default, steps)
             row["frontier"].append(draw(script, model, some, data, plan["n"], judge, seen)[0])
-            bound = nelbo_steps if name == "mdlm" else getattr(script, "nelbo_steps", None)
-            if bound:
+            if name in STEPS_BOUND:
+                Config, nelbo_steps = STEPS_BOUND[name]
                 x0 = eval_rows(script, cfg, data, "test", plan["n"])[0]
-                x0 = x0.to(next(model.parameters()).device)
-                mine = DecodingConfig(**dataclasses.asdict(cfg)) if name == "mdlm" else cfg
-                nats = bound(model, x0, mine, torch.Generator().manual_seed(0), steps)
-                nats = nats.cpu().double()
+                nats = nelbo_steps(model, x0.to(next(model.parameters()).device),
+                                   Config(**dataclasses.asdict(cfg)),
+                                   torch.Generator().manual_seed(0), steps).cpu().double()
                 row["steps_bound"].append([steps, nats.mean().item(), se(nats)])
     kept.write_text(json.dumps(row))
     print(f"{name} {seed}: test {report(row['test'])}", flush=True)

@@ -98,7 +98,7 @@ def plain_attend(q, k, v, seen=None, bias=None):
 
 
 def plain_attention(self, x, positions, kv_cache=None):
-    """Attention.forward of ar.py and mdlm.py with PyTorch's fused attention."""
+    """Attention.forward of the scripts on common.py with PyTorch's fused attention."""
     B, T, C = x.shape
     q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
     q, k = (ar.rotate(F.rms_norm(y, y.shape[-1:]), positions) for y in (q, k))
@@ -139,8 +139,8 @@ def plainly(script):
 
 @contextlib.contextmanager
 def softmax_everywhere(model):
-    """In this context a network of dit_embed.py takes no position for settled: all but pure noise
-    go through the softmax over the vocabulary, as at first."""
+    """In this context a network of dit_embed.py takes no position for clean: all but pure noise go
+    through the softmax over the vocabulary, as at first."""
     kept, model.range = model.range, (model.range[0] + 1, model.range[1])
     yield
     model.range = kept
@@ -178,7 +178,7 @@ def train():
         out[f"data_{name}"] = dict(tokens_per_second=rows / took["data"],
                                    share_of_step=took["data"] / took["script"])
         if script is dit_embed:
-            out["settled_train"] = dict(before=took["before"], after=took["script"],
+            out["clean_train"] = dict(before=took["before"], after=took["script"],
                                         ratio=took["before"] / took["script"])
     out["peak_gflops"] = statistics.median(out[f"train_{name}"]["peak_gflops"] for name in SCRIPTS)
     return out
@@ -188,14 +188,14 @@ def sample():
     """Seconds for 1 and 16 rows of 160 tokens by new networks. Rows are windows, of which none
     ends early (nor does a canvas of diffugpt_varlen.py)."""
     fixed, out = dict(vocab_size=2048, eos=0, rows="stream"), {}
-    default = {name: script.Config(**fixed, **({} if script is mdlm else dict(bos=0)))
+    default = {name: script.Config(**fixed, **(dict(bos=0) if name in ("ar", "diffugpt_varlen") else {}))
                for name, script in SCRIPTS.items()}
     networks = {name: script.Model(default[name]) for name, script in SCRIPTS.items()}
     plans = {(name, ONE): compare.ancestral(SCRIPTS[name], cfg) for name, cfg in default.items()}
     plans |= {(name, "default"): compare.default_sampler(SCRIPTS[name], cfg)
               for name, cfg in default.items() if name != "ar"}
     lab_model = mdlm_variants.Model(decoding.Config(**fixed))
-    settled = plans["dit_embed", "default"]
+    default_dit = plans["dit_embed", "default"]
     for n in (1, 16):
         nfe, canvas = {}, torch.full((n, 160), 2048)
 
@@ -222,7 +222,7 @@ def sample():
         works = {key: functools.partial(draw, key, cfg) for key, cfg in plans.items()}
         works |= {("mdlm", how): functools.partial(decode, how) for how in MDLM}
         works["uncached"] = uncached
-        works["before"] = lambda: draw(("dit_embed", ""), settled,
+        works["before"] = lambda: draw(("dit_embed", ""), default_dit,
                                        softmax_everywhere(networks["dit_embed"]))
         took = race(works, 2, warm=n == 1)
         cached = took["ar", ONE]
@@ -233,7 +233,7 @@ def sample():
             for key in works if isinstance(key, tuple) and key[0] != "ar"
             for name, how in [key]}
         after = took["dit_embed", "default"]
-        out[f"settled_sample_{n}"] = dict(before=took["before"], after=after,
+        out[f"clean_sample_{n}"] = dict(before=took["before"], after=after,
                                           ratio=took["before"] / after)
     return out
 

@@ -1,4 +1,5 @@
 """A small text, and processes that can be killed: shared by the tests of runs and faults."""
+import importlib
 import itertools
 import json
 import os
@@ -27,9 +28,8 @@ def small_text(path, n=200, seed=0):
 def serve():
     """Fork a child for every job on stdin and print how it ended: what a fresh process would do,
     without importing everything again."""
-    import ar
-    import mdlm
-    scripts = dict(ar=ar, mdlm=mdlm)
+    names = "ar mdlm dit_embed bit_diffusion sdd".split()
+    scripts = {name: importlib.import_module(name) for name in names}
     torch.set_num_threads(1)
     weight = torch.nn.Parameter(torch.zeros(2, 2))
     weight.grad = torch.zeros(2, 2)

@@ -12,15 +12,12 @@ from pathlib import Path
 import pytest
 
 import ar
-import bit_diffusion
 import common_v1 as common
 import diffugpt_varlen
-import dit_embed
-import sdd
 from harness import small_text
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [dit_embed, bit_diffusion, sdd, diffugpt_varlen]
+SCRIPTS = [diffugpt_varlen]
 both = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.NAME)
 TINY = ("--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --seq-len 32 --batch-size 4 --steps 4 "
         "--warmup 1 --eval-every 2 --save-every 2 --device cpu --dtype float32").split()
@@ -122,173 +119,6 @@ def test_sample_follows_its_flags(script, home, cli):
         return (out / "samples.txt").read_bytes()
     assert drawn("--temperature", 0) != drawn() != drawn("--top-k", 1)
     assert drawn() == drawn() != drawn("--seed", 3)
-
-
-def test_eval_of_dit_embed_writes_its_own_rows_and_three_figures(home, judge, cli, tmp_path):
-    out = shutil.copytree(home / "dit_embed", tmp_path / "run")
-    before = (out / "log.jsonl").read_text()
-    code, said, err = cli(dit_embed, "eval", "--out", out, "--judge", judge,
-                          "--eval-samplers", "token,ddim")
-    assert code == 0 and err == ""
-    rows = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
-    kinds = [row["kind"] for row in rows]
-    assert kinds == (["config", "test", "parts"] + 12 * ["steps"] + 4 * ["accuracy"] +
-                     3 * ["infill"] + ["real"] + 8 * ["samples"])
-    test, parts, samples = rows[1], rows[2], rows[-8:]
-    assert f"test, {test['rows']} rows: <= {test['nats_per_token']:.3f} nats/token" in said
-    assert parts["bound"] == pytest.approx(sum(parts[k] for k in ("prior", "diff", "recon")))
-    assert [(r["sampler"], r["sampling_steps"]) for r in samples] == [
-        (sampler, steps) for sampler in ("token", "ddim") for steps in (4, 8, 16, 32)]
-    assert all(r["nfe"] <= r["sampling_steps"] + 1 and r["judge"] > 0 for r in samples)
-    for name in ("quality.png", "noise.png"):
-        assert (out / name).stat().st_size > 1000
-    assert (out / "log.jsonl").read_text() == before
-    assert "not 'best'" in one_sentence(*cli(dit_embed, "eval", "--eval-samplers", "best")[::2])
-
-
-@pytest.mark.parametrize("flags", ["--param eps", "--param v --loss vlb --selfcond 1",
-                                   "--emb-norm 0 --emb-dim 32 --schedule cosine --norm post"])
-def test_every_variant_of_dit_embed_trains_samples_and_evaluates(flags, home, cli, tmp_path):
-    out = tmp_path / "run"
-    for command in ([], ["sample", "--infill", "a ___ b"],
-                    ["eval", "--judge", tmp_path, "--eval-samplers", "ancestral"]):
-        train = [] if command else ["--data", home / "small.txt", *TINY, *flags.split()]
-        code, said, err = cli(dit_embed, *command, *train, "--out", out)
-        assert code == 0, err
-    assert "<= " in said
-
-
-def test_eval_of_bit_diffusion_writes_its_own_rows_and_two_figures(home, judge, cli, tmp_path):
-    out = shutil.copytree(home / "bit_diffusion", tmp_path / "run")
-    before = (out / "log.jsonl").read_text()
-    code, said, err = cli(bit_diffusion, "eval", "--out", out, "--judge", judge)
-    assert code == 0 and err == ""
-    rows = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
-    kinds = [row["kind"] for row in rows]
-    assert kinds == (["config", "test", "draws"] + 12 * ["steps"] + 4 * ["accuracy"] +
-                     3 * ["infill"] + ["real"] + 8 * ["samples"])
-    test, samples = rows[1], rows[-8:]
-    assert f"test, {test['rows']} rows: <= {test['nats_per_token']:.3f} nats/token" in said
-    assert [(r["sampler"], r["sampling_steps"]) for r in samples] == [
-        (sampler, steps) for sampler in ("token", "bit") for steps in (4, 8, 16, 32)]
-    assert all(r["nfe"] <= r["sampling_steps"] and r["judge"] > 0 for r in samples)
-    assert all((r["invalid"] > 0) <= (r["sampler"] == "bit") for r in samples)
-    for name in ("quality.png", "noise.png"):
-        assert (out / name).stat().st_size > 1000
-    assert (out / "log.jsonl").read_text() == before
-    assert "not 'best'" in one_sentence(*cli(bit_diffusion, "eval", "--eval-samplers", "best")[::2])
-
-
-@pytest.mark.parametrize("flags", [
-    "--head bit --code random --input byte --schedule cosine --cond add",
-    "--head bit --parts 4 --code semantic --input bit --window 1 --prefix 0.5",
-    "--loss elbo --code frequency --input raw --schedule linear --no-skip"])
-def test_every_variant_of_bit_diffusion_trains_samples_and_evaluates(flags, home, cli, tmp_path):
-    out = tmp_path / "run"
-    for command in ([], ["sample", "--infill", "a ___ b", "--invalid", "modulo", "--guidance", "1"],
-                    ["eval", "--judge", tmp_path, "--eval-samplers", "bit"]):
-        train = [] if command else ["--data", home / "small.txt", *TINY, *flags.split()]
-        code, said, err = cli(bit_diffusion, *command, *train, "--out", out)
-        assert code == 0, err
-    assert "<= " in said
-
-
-@pytest.mark.parametrize("flags, sentence", [
-    ("--window 0", "--window is 0.0, it must be more than 0 and at most 1"),
-    ("--parts 2", "--head token has none: add --head bit"),
-    ("--head bit --parts 3", "--parts is 3, it must be a power of 2"),
-    ("--head bit --top-k 5", "--top-k and --top-p cut tokens"),
-    ("--prefix 2", "--prefix is 2.0, it must be at most 1")])
-def test_what_cannot_be_said_in_bits_is_refused(flags, sentence, home, cli, tmp_path):
-    code, _, err = cli(bit_diffusion, "--data", home / "small.txt", *TINY, "--out",
-                       tmp_path / "run", *flags.split())
-    assert sentence in one_sentence(code, err) and not (tmp_path / "run").exists()
-
-
-def test_eval_of_sdd_writes_its_own_rows_and_two_figures(home, judge, cli, tmp_path):
-    out = shutil.copytree(home / "sdd", tmp_path / "run")
-    before = (out / "log.jsonl").read_text()
-    code, said, err = cli(sdd, "eval", "--out", out, "--judge", judge)
-    assert code == 0 and err == ""
-    rows = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
-    kinds = [row["kind"] for row in rows]
-    assert kinds == (["config", "test", "draws"] + 12 * ["steps"] + 8 * ["among"] +
-                     4 * ["accuracy"] + 3 * ["infill"] + ["real"] + 12 * ["samples"])
-    test, samples = rows[1], rows[-12:]
-    assert f"test, {test['rows']} rows: <= {test['nats_per_token']:.3f} nats/token" in said
-    assert [(r["sampler"], r["sampling_steps"]) for r in samples] == [
-        (sampler, steps) for sampler in ("token", "ancestral", "deterministic")
-        for steps in (4, 8, 16, 32)]
-    assert all(r["nfe"] == r["sampling_steps"] and r["judge"] > 0 for r in samples)
-    among = [row for row in rows if row["kind"] == "among"]
-    assert [row["s_low"] for row in among] == sorted(row["s_low"] for row in among)
-    assert among[-1]["training"] == 1  # much evidence: the truth is a candidate
-    for name in ("quality.png", "noise.png"):
-        assert (out / name).stat().st_size > 1000
-    assert (out / "log.jsonl").read_text() == before
-    assert "not 'best'" in one_sentence(*cli(sdd, "eval", "--eval-samplers", "best")[::2])
-
-
-@pytest.mark.parametrize("flags", [
-    "--attention full --k 3 --schedule rational --skip state --prefix 0.5",
-    "--curriculum 1,2,4 --window 1 --loss elbo", "--state belief"])
-def test_every_variant_of_sdd_trains_samples_and_evaluates(flags, home, cli, tmp_path):
-    out = tmp_path / "run"
-    for command in ([], ["sample", "--infill", "a ___ b", "--clock", "random", "--guidance", "1"],
-                    ["sample", "--k", "5", "--sampler", "deterministic", "--trace"],
-                    ["eval", "--judge", tmp_path, "--eval-samplers", "ancestral"]):
-        train = [] if command else ["--data", home / "small.txt", *TINY, *flags.split()]
-        code, said, err = cli(sdd, *command, *train, "--out", out)
-        assert code == 0, err
-        if "--trace" in command:  # candidates settle
-            assert "at last '" in said
-    assert "<= " in said
-
-
-def test_the_original_process_shows_a_leak_and_no_likelihood(home, cli, tmp_path):
-    out = tmp_path / "run"
-    code, said, err = cli(sdd, "--data", home / "small.txt", *TINY, "--process", "original",
-                          "--out", out)
-    assert code == 0 and "copy 0.5" in said and "nats/token" not in said.split("position")[-1], err
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    last = [row for row in rows if row["kind"] == "val"][-1]
-    assert last["bound"] == "none" and not any("nats" in key for key in last)
-    assert (out / "loss.png").stat().st_size > 1000
-    for command in ("sample", "eval"):
-        code, said, err = cli(sdd, command, "--out", out, "--judge", tmp_path, "--trace")
-        assert code == 0, err
-    rows = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
-    assert [row["kind"] for row in rows] == ["config", "test", "real"] + 4 * ["samples"]
-    for flags in (["--prompt", "a"], ["--infill", "a ___"], ["--guidance", "1"]):
-        code, _, err = cli(sdd, "sample", "--out", out, *flags)
-        assert "takes no --prompt, --infill or --guidance" in one_sentence(code, err)
-
-
-@pytest.mark.parametrize("flags, sentence", [
-    ("--window 0", "--window is 0.0, it must be more than 0 and at most 1"),
-    ("--k 0", "--k is 0, it must be at least 1"), ("--swap 2", "--swap is 2.0, it must be"),
-    ("--curriculum 1,two", "'two' candidates cannot be"),
-    ("--state belief --skip state", "would count it twice, use --skip evidence"),
-    ("--prefix 2", "--prefix is 2.0, it must be at most 1")])
-def test_what_candidates_cannot_be_is_refused(flags, sentence, home, cli, tmp_path):
-    code, _, err = cli(sdd, "--data", home / "small.txt", *TINY, "--out", tmp_path / "run",
-                       *flags.split())
-    assert sentence in one_sentence(code, err) and not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("flags, sentence", [
-    ("--param eps --loss ce", "--param eps does not: use --param logits, or --loss mse or vlb"),
-    ("--param v --sampler token", "--param v does not: use --param logits"),
-    ("--param x0 --anchor 0", "smallest when all embeddings are the same"),
-    ("--loss mse --anchor 0", "--allow-collapse"),
-    ("--window 0", "--window is 0.0, it must be more than 0 and at most 1"),
-    ("--window 1.5", "--window is 1.5"), ("--eta 2", "--eta is 2.0, it must be at most 1"),
-    ("--emb-dim 0", "--emb-dim is 0, it must be at least 1"),
-    ("--selfcond -1", "--selfcond is -1.0, it must be at least 0")])
-def test_what_cannot_work_is_refused_before_training(flags, sentence, home, cli, tmp_path):
-    code, _, err = cli(dit_embed, "--data", home / "small.txt", *TINY, "--out", tmp_path / "run",
-                       *flags.split())
-    assert sentence in one_sentence(code, err) and not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")
@@ -453,9 +283,6 @@ def test_sample_fills_holes_and_keeps_the_rest(script, home, cli):
 
 
 @pytest.mark.parametrize("script, change", [
-    (dit_embed, dict(clock="l2r", sampling_steps=3)),
-    (bit_diffusion, dict(clock="l2r", sampling_steps=3)),
-    (sdd, dict(clock="l2r", sampling_steps=3)),
     (diffugpt_varlen, dict(order="l2r", sampling_steps=3))],
     ids=lambda p: getattr(p, "NAME", ""))
 def test_sample_is_fast_unless_told_otherwise(script, change, home, cli, tmp_path):

@@ -19,10 +19,10 @@ import diffugpt_varlen
 import dit_embed
 import mdlm
 import sdd
-from lab import mdlm_variants
+from lab import bit_variants, dit_variants, mdlm_variants, sdd_variants
 from tables import chi_square, generator
 
-NEW, OLD = [ar, mdlm], [dit_embed, bit_diffusion, sdd, diffugpt_varlen]
+NEW, OLD = [ar, mdlm, dit_embed, bit_diffusion, sdd], [diffugpt_varlen]
 SCRIPTS = NEW + OLD
 ALL = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
 
@@ -35,9 +35,9 @@ def losses(script, model, x0, cfg, g, parts=(slice(None),)):
     if script.__name__ == "ar":
         weight = 1 / script.is_scored(x0, cfg).sum()
         return [script.loss_fn(model, x0[rows], weight, cfg) for rows in parts]
-    if script.__name__ in ("mdlm", "lab.mdlm_variants"):
-        loss_fn, (xt, weight) = getattr(script, "loss_fn", mdlm.loss_fn), script.corrupt(x0, cfg, g)
-        return [loss_fn(model, x0[rows], xt[rows], weight[rows]) for rows in parts]
+    if script.__name__ != "diffugpt_varlen":
+        loss_fn, noise = getattr(script, "loss_fn", mdlm.loss_fn), script.corrupt(x0, cfg, g)
+        return [loss_fn(model, x0[rows], *(part[rows] for part in noise)) for rows in parts]
     same = [*(g.clone_state() for _ in parts[1:]), g]
     return [script.loss_fn(model, x0, cfg, h, rows)[0] / len(parts) for h, rows in zip(same, parts)]
 
@@ -46,45 +46,36 @@ def nats(script, model, x0, cfg, g):
     """-log p of every row, or its bound: (B,)."""
     if script.__name__ == "ar":
         return script.nll(model, x0, cfg)
-    if script.__name__ == "mdlm":
-        return script.nelbo(model, x0, cfg, g)
-    return script.nelbo(model, x0, cfg, g)[0]
+    bound = script.nelbo(model, x0, cfg, g)
+    return bound[0] if script.__name__ == "diffugpt_varlen" else bound
 
 
 def draw(script, model, cfg, n, g):
     """n samples and NFE."""
-    if script.__name__ in ("ar", "mdlm"):
+    if script.__name__ != "diffugpt_varlen":
         return script.sample(model, torch.full((n, cfg.seq_len), cfg.vocab_size), cfg, g)
     x, info = script.sample(model, cfg, n, g)
     return x, info["nfe"]
 
 
-def turn(script, x, positions):
-    """Rotary positions."""
-    if script in NEW:
-        return script.rotate(x, positions)
-    return script.rotate(x, script.rotary(positions, x.shape[-1]))
-
-
 def network_input(script, model, x):
     """What a network that is to be told the tokens x (B, T) is called with."""
     if script is dit_embed:  # clean embeddings, told so
-        return model.table()[x], torch.full(x.shape, 5.0)
+        return model.embeddings()[x], torch.full(x.shape, 5.0)
     if script is bit_diffusion:
-        return model.code[x], torch.full(x.shape, bit_diffusion.SURE)
+        return model.codes[x], torch.full(x.shape, bit_diffusion.CLEAN)
     if script is sdd:
-        return sdd.states(x, torch.full(x.shape, sdd.SURE), torch.zeros(0, 11), 2, 11)
+        return sdd.input_state(x, torch.full(x.shape, sdd.CLEAN), torch.zeros(0, 11), 2)
     return (x,)
 
 
 def config(script, **changes):
     """A small network; one token a step at random."""
     settings = dict(vocab_size=11, seq_len=8, n_layer=2, n_head=2, n_embd=16, rows="stream", eos=0,
-                    bos=0, lr=4e-3, warmup=10) | changes
-    if script in (mdlm, mdlm_variants):
-        settings |= dict(order="random", num_steps=0, temperature=1.0, remask="none")
-        del settings["bos"]
-    return script.Config(**settings)
+                    bos=0, lr=4e-3, warmup=10, order="random", num_steps=0, temperature=1.0,
+                    remask="none", sampler="token") | changes
+    known = script.Config.__dataclass_fields__
+    return script.Config(**{k: v for k, v in settings.items() if k in known or k in changes})
 
 
 def network(script, cfg, shake=0.3, seed=0):
@@ -127,21 +118,21 @@ def test_attention_is_softmax_attention(script, dtype, atol):
     assert got.dtype == dtype and torch.allclose(got.float(), want, atol=atol)
 
 
-@pytest.mark.parametrize("script", SCRIPTS[:-1], ids=lambda s: s.__name__)  # GPT-2 has none
+@pytest.mark.parametrize("script", NEW, ids=lambda s: s.__name__)  # GPT-2 has none
 def test_rotary_scores_depend_on_relative_positions_only(script):
     """A shift of all positions changes no inner product and no length."""
     g = generator(0)
     q, k = torch.randn(2, 1, 1, 5, 16, generator=g)
     scores = []
     for start in (0, 3, 40):
-        a, b = (turn(script, x, torch.arange(start, start + 5)) for x in (q, k))
+        a, b = (script.rotate(x, torch.arange(start, start + 5)) for x in (q, k))
         scores.append(a @ b.transpose(2, 3))
         assert torch.allclose(a.norm(dim=3), q.norm(dim=3), atol=1e-5)
     assert torch.allclose(scores[0], scores[1], atol=1e-4)
     assert torch.allclose(scores[0], scores[2], atol=1e-4)
-    moved = turn(script, q, torch.arange(5) * 2)
+    moved = script.rotate(q, torch.arange(5) * 2)
     assert (moved @ b.transpose(2, 3) - scores[2]).abs().max() > 0.1
-    assert torch.equal(turn(script, q[:, :, :1], torch.zeros(1)), q[:, :, :1])  # 0 turns nothing
+    assert torch.equal(script.rotate(q[:, :, :1], torch.zeros(1)), q[:, :, :1])  # 0 turns nothing
 
 
 @ALL
@@ -288,16 +279,16 @@ MDLM_LOSSES = ("mean_per_sequence", "mean_per_batch", "nelbo")
     (mdlm, {}), *((mdlm_variants, dict(loss=loss, exact_count=exact, schedule=schedule, cond=cond))
                   for loss, exact, schedule, cond in itertools.product(
                       MDLM_LOSSES, (True, False), ("linear", "cosine"), ("none", "add"))),
-    *((dit_embed, dict(loss=loss, param=param, window=window, selfcond=0.5, prefix=0.5))
-      for loss, param, window in itertools.product(
-          ("auto", "mse", "vlb"), ("logits", "eps", "v"), (0.3, 1.0))),
-    *((bit_diffusion, dict(loss=loss, head=head, parts=parts, window=window, prefix=0.5))
-      for loss, (head, parts), window in itertools.product(
-          ("ce", "elbo"), (("token", 1), ("bit", 1), ("bit", 4)), (0.3, 1.0))),
-    *((sdd, dict(loss=loss, attention=attention, window=window, prefix=0.5, k=3))
-      for loss, attention, window in itertools.product(
-          ("ce", "elbo"), ("pooled", "full"), (0.3, 1.0))),
-    (sdd, dict(process="original", k=3)),
+    *((script, dict(noise_window=window))
+      for script, window in itertools.product((dit_embed, bit_diffusion, sdd), (0.3, 1.0))),
+    *((dit_variants, dict(loss=loss, prediction_type=what, self_cond=0.5, prefix=0.5))
+      for loss, what in itertools.product(("auto", "mse", "vlb"), ("logits", "eps", "v"))),
+    *((bit_variants, dict(loss=loss, head=head, num_mixture=mixture, prefix=0.5))
+      for loss, (head, mixture) in itertools.product(
+          ("ce", "nelbo"), (("token", 1), ("bit", 1), ("bit", 4)))),
+    *((sdd_variants, dict(loss=loss, attention=attention, prefix=0.5, k=3))
+      for loss, attention in itertools.product(("ce", "nelbo"), ("pooled", "full"))),
+    (sdd_variants, dict(process="original", k=3)),
     *((diffugpt_varlen, dict(rows=rows, attn_ratio=0.5, head=head))
       for rows, head in (("docs", "marginal"), ("docs", "hazard"), ("stream", "marginal"))),
     (diffugpt_varlen, dict(rows="docs", pipeline="arm"))])
@@ -327,11 +318,11 @@ def test_micro_batches_add_up(script, changes):
 @pytest.mark.parametrize("script, changes", [
     (ar, dict(rows="docs")), (ar, {}), (mdlm, {}),
     *((mdlm_variants, dict(loss=loss, exact_count=False)) for loss in MDLM_LOSSES),
-    *((dit_embed, dict(loss=loss)) for loss in ("ce", "mse", "vlb")),
-    *((bit_diffusion, changes) for changes in (dict(loss="ce"), dict(loss="elbo"),
-                                               dict(head="bit", parts=4))),
-    *((sdd, changes) for changes in (dict(loss="ce"), dict(loss="elbo"), dict(
-        attention="full", k=3), dict(process="original", k=3))),
+    (dit_embed, {}), *((dit_variants, dict(loss=loss)) for loss in ("mse", "vlb")),
+    (bit_diffusion, {}), *((bit_variants, changes) for changes in (
+        dict(loss="nelbo"), dict(head="bit", num_mixture=4))),
+    (sdd, {}), *((sdd_variants, changes) for changes in (
+        dict(loss="nelbo"), dict(attention="full", k=3), dict(process="original", k=3))),
     *((diffugpt_varlen, changes) for changes in ({}, dict(rows="docs"), dict(
         rows="docs", head="pointer"), dict(rows="docs", pipeline="arm")))])
 def test_rows_with_everything_or_nothing_masked_give_finite_gradients(script, changes):
@@ -426,7 +417,7 @@ def test_the_same_seeds_train_to_the_same_bits(script):
 
 @dataclass
 class Settings:
-    """All that sections 3 to 5 of ar.py and mdlm.py read."""
+    """All that sections 3 to 5 read."""
     vocab_size: int = 13
     seq_len: int = 6
     n_layer: int = 1
@@ -441,6 +432,13 @@ class Settings:
     rows: str = "stream"  # with eos and bos only in ar.py
     eos: int = 0
     bos: int = 0
+    noise_window: float = 0.1  # the three scripts with own times
+    emb_dim: int = 8  # dit_embed.py
+    logsnr_above: float = 3.0
+    logsnr_below: float = 8.0
+    schedule: str = "quadratic"  # bit_diffusion.py
+    k: int = 4  # sdd.py
+    sampler: str = "token"
 
 
 @ALL
@@ -467,7 +465,7 @@ def test_sections_3_to_5_run_alone_with_nothing_but_torch(script):
         loss.backward()
         optimizer.step()
         log.append(loss.item())
-    if script in (dit_embed, bit_diffusion, sdd):  # own evidence counts from the start
+    if script in (dit_embed, bit_diffusion, sdd):  # the self-likelihood counts from the start
         assert 0 < log[0] < math.log(13)
     else:  # a tied head starts near zero, the others at zero
         near = 0.1 if script is diffugpt_varlen else 1e-5

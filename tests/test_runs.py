@@ -13,15 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import bit_diffusion
 import common_v1 as common
 import diffugpt_varlen
-import dit_embed
-import sdd
 from harness import small_text
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [dit_embed, bit_diffusion, sdd, diffugpt_varlen]
+SCRIPTS = [diffugpt_varlen]
 both = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.NAME)
 FILES = {"config.json", "tokenizer.json", "log.jsonl", "model.safetensors", "state.pt",
          "samples.txt", "loss.png", "trace.png"}

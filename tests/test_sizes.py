@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BUDGETS = dict(common=340, ar=370, mdlm=440)  # lines; the other scripts get theirs in their turn
+BUDGETS = dict(common=340, ar=370, mdlm=440, dit_embed=530, bit_diffusion=530, sdd=550)  # lines
 SCRIPTS = [name for name in BUDGETS if name != "common"]
 ALL_SCRIPTS = {"ar", "mdlm", "dit_embed", "bit_diffusion", "sdd", "diffugpt_varlen"}
 SECTIONS = ["config", "data", "model", "corrupt and loss", "sample", "train", "main"]
@@ -103,7 +103,7 @@ def test_imports_point_one_way():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
         assert path.name == "compare.py" or "lab" not in imports(path), path
     for path in ROOT.glob("lab/*.py"):
-        assert imports(path) & ours <= {"ar", "mdlm", "common", "data", "lab"}, path
+        assert imports(path) & ours <= {*SCRIPTS, "common", "data", "lab"}, path
     graph = {path.stem: {module for name in ROOT.glob("lab/*.py") if path != name
                          for module in [name.stem]
                          if re.search(rf"^from lab import .*\b{module}\b|^from lab\.{module} ",

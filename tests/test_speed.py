@@ -15,7 +15,7 @@ SMALL = dict(vocab_size=30, eos=0, rows="docs", seq_len=12, n_layer=1, n_head=2,
 
 def small(script):
     torch.manual_seed(0)
-    cfg = script.Config(**SMALL, **({} if script is speed.mdlm else dict(bos=0)))
+    cfg = script.Config(**SMALL, **(dict(bos=0) if script in (speed.ar, speed.diffugpt_varlen) else {}))
     model = script.Model(cfg)
     for p in model.parameters():  # not uniform
         torch.nn.init.normal_(p, std=0.3)
@@ -39,19 +39,19 @@ def test_plain_training_has_the_same_loss_and_gradient(name):
     assert (script.Model.forward, script.Attention.forward) == (forward, inside)
 
 
-def test_a_softmax_over_settled_positions_changes_nothing_but_time():
+def test_a_softmax_over_clean_positions_changes_nothing_but_time():
     script, asked = speed.dit_embed, []
     cfg, model, x0 = small(script)
     high, low = model.range
     lam = torch.tensor([high, (high + low) / 2, low]).repeat(8, 4)
-    evidence = script.Model.evidence
+    self_likelihood = script.Model.self_likelihood
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script.Model, "evidence", lambda *inputs: (
-            asked.append(inputs[2].numel()), evidence(*inputs))[1])
-        model.input, before = "evidence", model.range
+        patch.setattr(script.Model, "self_likelihood", lambda *inputs: (
+            asked.append(inputs[2].numel()), self_likelihood(*inputs))[1])
+        before = model.range
         with speed.softmax_everywhere(model):
-            model(script.noised(model.table()[x0], lam, torch.zeros(8, 12, 16)), lam)
-        model(script.noised(model.table()[x0], lam, torch.zeros(8, 12, 16)), lam)
+            model(script.q_sample(model.embeddings()[x0], lam, torch.zeros(8, 12, 16)), lam)
+        model(script.q_sample(model.embeddings()[x0], lam, torch.zeros(8, 12, 16)), lam)
     assert model.range == before and asked[:2] == [64, 0] and asked[3:5] == [32, 32]
 
 
