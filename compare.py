@@ -321,7 +321,7 @@ def measure(name, budget, seed):
                 Config, nelbo_steps = STEPS_BOUND[name]
                 x0 = eval_rows(script, cfg, data, "test", plan["n"])[0]
                 nats = nelbo_steps(model, x0.to(next(model.parameters()).device),
-                                   Config(**dataclasses.asdict(cfg)),
+                                   Config(**dataclasses.asdict(own)),
                                    torch.Generator().manual_seed(0), steps).cpu().double()
                 row["steps_bound"].append([steps, nats.mean().item(), se(nats)])
     kept.write_text(json.dumps(row))

@@ -306,7 +306,7 @@ def squared_error(logits, x0):
     return p.scatter_add(1, x0[:, None], -torch.ones_like(p[:, :1])).square().sum(1)
 
 
-def corrupt(x0, cfg, g):
+def corrupt(x0, cfg, g, noise_levels=noise_levels):
     """The noise of the forward process: precision (B, T), eps (B, M, V) for the at most M positions
     of a row that are in between, in their order, and each token's weight in the loss (B, T): the
     mean over the noisy tokens of a row, then over rows."""
@@ -332,7 +332,7 @@ def loss_fn(model, x0, prec, eps, weight):
 
 
 @torch.no_grad()
-def nelbo(model, x0, cfg, g, K=8, is_given=None):
+def nelbo(model, x0, cfg, g, K=8, is_given=None, predict=predict, noise_levels=noise_levels):
     """Upper bound (E6) on -log p(x0) in nats per row, (B,), estimated without bias from K times,
     stratified with a random offset per row. With a boolean `is_given` (B, T) it bounds -log p(the
     other tokens | those)."""
@@ -400,7 +400,7 @@ def sampler_step(z, prec_t, prec_s, h, xi, sampler):
 
 
 @torch.no_grad()
-def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict=predict):
+def sample(model, x, cfg, g, on_step=lambda *_: None, predict=predict, noise_levels=noise_levels):
     """The reverse process: positions of x (B, T) with the mask id V become tokens, all else is
     given. Returns x and NFE. on_step(nfe, x) may see x, V where no token has probability 1/2."""
     x, V, nfe, device = x.clone(), cfg.vocab_size, 0, x.device

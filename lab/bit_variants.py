@@ -73,7 +73,7 @@ def ids_of(bits, codes):
 def semantic_order(rows, frequent):
     """The V tokens in an order (V,) in which those with like neighbours in the rows (N, T) share
     their leading bits: all tokens are cut in two along the direction in which they differ most,
-    then each half. Neighbours that count are the first 512 of `frequent`, the order by frequency."""
+    then each half. The neighbours that count are the first 512 tokens of `frequent` (V,)."""
     V, rank, top = len(frequent), frequent.argsort(), min(len(frequent), 512)
     counts = torch.zeros(V, 2, top)
     for side, own, other in ((0, rows[:, 1:], rows[:, :-1]), (1, rows[:, :-1], rows[:, 1:])):
@@ -136,7 +136,7 @@ class Model(bit_diffusion.Model):
             self.head.bias.data.view(R, K + 1)[:, :lean.shape[1]] = lean
 
     def expected(self, wte, codes, bits, lam):
-        """Expected embedding given the noisy bits alone: the table wte of codes (U, k), bits (n, k),
+        """Expected embedding given the noisy bits alone: table wte of codes (U, k), bits (n, k),
         lam (n,) -> (n, C). A clean code has its own embedding."""
         x, is_clean = torch.zeros(len(lam), self.cfg.n_embd, device=bits.device), lam >= CLEAN
         x[is_clean] = wte(ids_of(bits[is_clean], codes)).to(x.dtype)

@@ -47,8 +47,8 @@ def plot_integrand(out, model, x0, cfg, g, K=32):
     save(figure, out / "integrand.png", axes)
 
 
-def plot_quality(out, rows, real):
-    """quality.png: quality and diversity of samples against NFE, a line for each order, mean and
+def plot_quality(out, rows, real, key="order"):
+    """quality.png: quality and diversity of samples against NFE, a line for each `key`, mean and
     range over seeds; dashed: real text. rows, real: rows of eval.jsonl."""
     names = {"valid_stories": "valid-story rate", "valid_sentences": "valid-sentence rate",
              "gen_nll": "generative NLL, nats/token", "entropy": "unigram entropy, nats"}
@@ -56,12 +56,12 @@ def plot_quality(out, rows, real):
     figure = Figure(figsize=(7, 2.3 * len(names)), layout="constrained")
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, label) in zip(panels, names.items()):
-        for order in dict.fromkeys(row["order"] for row in rows):
+        for value in dict.fromkeys(row[key] for row in rows):
             points = {}
-            for row in (row for row in rows if row["order"] == order):
+            for row in (row for row in rows if row[key] == value):
                 points.setdefault(row["nfe"], []).append(row[name])
             x, y = [*points], [*points.values()]
-            line, = axes.plot(x, [sum(v) / len(v) for v in y], marker="o", ms=4, label=order)
+            line, = axes.plot(x, [sum(v) / len(v) for v in y], marker="o", ms=4, label=value)
             axes.fill_between(x, [*map(min, y)], [*map(max, y)], alpha=0.2, lw=0,
                               color=line.get_color())
         axes.axhline(real[name], ls="--", color="gray", label="real text")

@@ -75,7 +75,7 @@ def config(script, **changes):
                     bos=0, lr=4e-3, warmup=10, order="random", num_steps=0, temperature=1.0,
                     remask="none", sampler="token") | changes
     known = script.Config.__dataclass_fields__
-    return script.Config(**{k: v for k, v in settings.items() if k in known or k in changes})
+    return script.Config(**{k: v for k, v in settings.items() if k in known or k in changes and k != "bos"})
 
 
 def network(script, cfg, shake=0.3, seed=0):
