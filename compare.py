@@ -36,7 +36,7 @@ import common_v1
 from common import UserError
 from data.prepare import load_data
 from data.units import report, se, tokens_of
-from lab import bit_variants, decoding, dit_variants, mdlm_eval, sdd_variants
+from lab import bit_variants, decoding, dit_variants, mdlm_eval, mdlm_variants, sdd_variants
 from lab.ar_extra import infill_left
 from lab.metrics import load_judge, measure as measure_samples
 
@@ -61,11 +61,9 @@ BUDGETS = dict(  # settings of every run; test documents, samples, NFE of the fe
 METRICS = ("valid_stories", "prefix", "valid_sentences", "consistent", "true_nll", "entropy",
            "distinct_2", "repetition")
 SIGN = dict(exact="=", upper="<=")
-STEPS_BOUND = dict(  # whose bound of few steps is known
-    mdlm=(decoding.Config, mdlm_eval.nelbo_steps),
-    dit_embed=(dit_variants.Config, dit_variants.nelbo_steps),
-    bit_diffusion=(bit_variants.Config, bit_variants.nelbo_steps),
-    sdd=(sdd_variants.Config, sdd_variants.nelbo_steps))
+STEPS_BOUND = dict(mdlm=(decoding.Config, mdlm_variants.Model, mdlm_eval.nelbo_steps), **{
+    name: (lab.Config, lab.Model, lab.nelbo_steps) for name, lab in dict(
+        dit_embed=dit_variants, bit_diffusion=bit_variants, sdd=sdd_variants).items()})
 
 
 # -------------------------------------------------------------------------------------- the runs
@@ -318,11 +316,13 @@ def measure(name, budget, seed):
             some = with_steps(script, default, steps)
             row["frontier"].append(draw(script, model, some, data, plan["n"], judge, seen)[0])
             if name in STEPS_BOUND:
-                Config, nelbo_steps = STEPS_BOUND[name]
+                Config, Model, nelbo_steps = STEPS_BOUND[name]
                 x0 = eval_rows(script, cfg, data, "test", plan["n"])[0]
-                nats = nelbo_steps(model, x0.to(next(model.parameters()).device),
-                                   Config(**dataclasses.asdict(own)),
-                                   torch.Generator().manual_seed(0), steps).cpu().double()
+                x0, mine = x0.to(next(model.parameters()).device), Config(**vars(own))
+                same = Model(mine).to(x0.device)
+                same.load_state_dict(model.state_dict())
+                nats = nelbo_steps(same, x0, mine, torch.Generator().manual_seed(0), steps)
+                nats = nats.cpu().double()
                 row["steps_bound"].append([steps, nats.mean().item(), se(nats)])
     kept.write_text(json.dumps(row))
     print(f"{name} {seed}: test {report(row['test'])}", flush=True)

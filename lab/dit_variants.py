@@ -266,21 +266,18 @@ def prior_kl(emb, cfg):
 def corrupt(x0, cfg, g):
     """lam (B, T); eps (B, T, 2, d), for z and for z at t = 0; weight (B, T, 3), of the token in the
     loss, of its rounding loss, and 1 where this step uses self-conditioning."""
-    (B, T), is_given, eps0 = x0.shape, None, torch.zeros(*x0.shape, cfg.emb_dim)
+    (B, T), is_given = x0.shape, torch.zeros(x0.shape, dtype=torch.bool)
     t = ((torch.arange(B) + torch.rand(1, generator=g)) / B)[:, None]
     if cfg.prefix:
         share = (torch.rand(B, 1, generator=g) < cfg.prefix) * torch.rand(B, 1, generator=g)
         is_given = torch.arange(T) < (T * share).floor()
     own, lam, slope = noise_levels(t, position_times(x0.shape, cfg, g, is_given), cfg)
-    eps, is_noisy = torch.randn(B, T, cfg.emb_dim, generator=g), own > 0
-    weight = is_noisy / is_noisy.sum(1, keepdim=True).clamp(min=1) / B
-    rounding = torch.full((B, T), cfg.rounding_weight / (B * T))
-    if cfg.loss_type == "vlb":
-        weight = slope / (B * T)
-        rounding = torch.full((B, T), 1 / (B * T)).masked_fill(own.isnan() if is_given is None else
-                                                               is_given, 0.0)
-    if cfg.loss_type != "ce":
-        eps0 = torch.randn(B, T, cfg.emb_dim, generator=g)
+    eps = torch.randn(B, T, cfg.emb_dim, generator=g)
+    eps0 = torch.zeros_like(eps) if cfg.loss_type == "ce" else torch.randn(eps.shape, generator=g)
+    weight, rounding = slope / (B * T), ~is_given / (B * T)  # of vlb
+    if cfg.loss_type != "vlb":
+        weight = (own > 0) / (own > 0).sum(1, keepdim=True).clamp(min=1) / B
+        rounding = torch.full((B, T), cfg.rounding_weight / (B * T))
     twice = torch.rand(1, generator=g) < cfg.self_cond if cfg.self_cond else torch.zeros(1)
     weight = torch.stack((weight, rounding, twice.expand(B, T)), 2)
     return lam.to(x0.device), torch.stack((eps, eps0), 2).to(x0.device), weight.to(x0.device)

@@ -426,13 +426,15 @@ def report(row):
             f"truth among the candidates {row['among']:.3f}")
 
 
+PARTS = Model, corrupt, loss_fn, nelbo, sample  # of sdd.train
+
+
 def main(argv):
-    parts = Config, Model, corrupt, loss_fn, nelbo, sample
     if common.parse(Config, sdd.PRESETS, argv)[1].process == "bayes":
-        return sdd.main(argv, *parts)
+        return sdd.main(argv, Config, *PARTS)
     with mock.patch.multiple(sdd, evaluate=copy_baseline, report=report), mock.patch.multiple(
             common, report=report, plot_loss=lambda out: None):  # which are about likelihoods
-        return sdd.main(argv, *parts)
+        return sdd.main(argv, Config, *PARTS)
 
 
 if __name__ == "__main__":

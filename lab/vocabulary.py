@@ -26,7 +26,7 @@ from lab import bit_variants
 CASES = {
     "mdlm.py": (mdlm, mdlm, {}),
     "token head": (bit_diffusion, bit_diffusion, {}),
-    "bit head, 32 products": (bit_diffusion, bit_variants,
+    "bit head, mixture of 32": (bit_diffusion, bit_variants,
                               dict(head="bit", num_mixture=32, input="byte")),
     "bit head": (bit_diffusion, bit_variants, dict(head="bit", input="byte")),
 }
@@ -85,7 +85,7 @@ def main(argv):
                 cases=cases)
     TARGET.write_text(json.dumps(made, indent=1) + "\n")
     for name, case in cases.items():
-        print(f"{name:22} {case['tokens_per_second']:8,.0f} tokens/s, {case['times_as_fast']:.2f} "
+        print(f"{name:24} {case['tokens_per_second']:8,.0f} tokens/s, {case['times_as_fast']:.2f} "
               f"times mdlm.py; {case['mib']:6.0f} MiB, {case['share_of_memory']:.2f} of mdlm.py; "
               f"{case['parameters'] / 1e6:.2f}M parameters")
 

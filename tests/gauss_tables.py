@@ -1,9 +1,9 @@
-"""Gaussian diffusion on the embeddings of tiny joint laws, where Bayes' rule can be written out:
-exact denoisers, the exact laws of samplers on a grid, bounds by quadrature. Everything is float64
-inside and shares no code with dit_embed.py.
+"""Gaussian diffusion on the embeddings of tiny joint distributions, where Bayes' rule can be
+written out: exact denoisers, exact distributions of samplers on a grid, bounds by quadrature.
+Everything is float64 inside and shares no code with dit_embed.py or lab/dit_variants.py.
 
-A level is a log-SNR lam: z = alpha e + sigma eps, alpha^2 = 1 / (1 + exp(-lam)). `E` (V, d) holds
-the embeddings, `joint` (V^T,) the probabilities of all rows in the order of tables.all_rows.
+A noise level is a log-SNR lam: z = alpha e + sigma eps, alpha^2 = 1 / (1 + exp(-lam)). `E` (V, d)
+holds the embeddings, `joint` (V^T,) the probabilities of all rows in the order of tables.all_rows.
 """
 import math
 
@@ -13,17 +13,23 @@ import torch.nn as nn
 
 from tables import all_rows, generator
 
-LINE = torch.tensor([[-1.5], [-0.5], [0.5], [1.5]])  # four words on a line
-PLANE = torch.tensor([[1.0, 0.2], [-0.7, 0.9], [-0.1, -1.3]])  # three in the plane
+LINE = torch.tensor([[-1.5], [-0.5], [0.5], [1.5]])  # four tokens on a line
+COIN = torch.tensor([[-1.0], [1.0]])  # the only two of norm 1 there
+CIRCLE = torch.tensor([[1.0, 0.0], [-0.6, 0.8], [-0.28, -0.96]])  # three in the plane, of norm 1
 
 
 def dirichlet(V, T, seed=0, share=0.4):
-    """A random joint law of rows: (V^T,)."""
+    """A random joint distribution of rows: (V^T,)."""
     return torch.from_numpy(np.random.RandomState(seed).dirichlet(np.full(V ** T, share)))
 
 
-def entropy(law):
-    return torch.special.entr(law).sum().item()
+JOINT = dirichlet(4, 2)  # of rows of two tokens
+THREE = dirichlet(3, 3, seed=2)  # of rows of three, for CIRCLE
+TOKENS = torch.tensor([0.5, 0.2, 0.05, 0.25], dtype=torch.float64)  # of rows of one
+
+
+def entropy(p):
+    return torch.special.entr(p).sum().item()
 
 
 def marginals(joint, V, T):
@@ -37,28 +43,28 @@ def alpha_sigma(lam):
     return (1 / (1 + (-lam).exp())).sqrt(), (1 / (1 + lam.exp())).sqrt()
 
 
-def settings(high, low, V=4, T=2, d=1, **changes):
-    """Every field of a Config that these tests depend on; levels from `high` down to `low`."""
-    changes = dict(emb_norm=0.0, gamma_shift=0.0) | changes
-    center = math.log(2 * math.log(V) / (changes["emb_norm"] ** 2 or d)) - changes["gamma_shift"]
-    return dict(vocab_size=V, seq_len=T, emb_dim=d, lam_above=high - center, lam_below=center - low,
-                schedule="logsnr", window=1.0, param="logits", loss="auto", anchor=1.0,
-                allow_collapse=False, emb_train=True, skip=True, input="evidence", pos="both",
-                norm="pre", cond="adaln", selfcond=0.0, prefix=0.0, sampler="auto", eta=0.0,
-                clamp=False, rounding="draw", clock="random", given="clean", sampling_steps=0,
-                guidance=0.0, temperature=1.0, top_k=0, top_p=1.0, n_layer=1, n_head=2, n_embd=16,
-                lr=6e-3, warmup=50, steps=1600) | changes
+def config(Config, high=6.0, low=-6.0, V=4, T=2, d=1, **changes):
+    """A Config whose levels go from `high` down to `low`; by default all positions at once, and the
+    sampling that the bound is about. What Config does not have is left out."""
+    fields = dict(emb_norm=0.0, gamma_shift=0.0) | changes
+    norm = fields["emb_norm"] if "emb_norm" in Config.__dataclass_fields__ else 1
+    center = math.log(2 * math.log(V) / (norm ** 2 or d)) - fields["gamma_shift"]
+    fields = dict(vocab_size=V, seq_len=T, emb_dim=d, logsnr_above=high - center,
+                  logsnr_below=center - low, noise_window=1.0, order="random", num_steps=0,
+                  temperature=1.0, n_layer=1, n_head=2, n_embd=16) | fields
+    known = Config.__dataclass_fields__
+    return Config(**{k: v for k, v in fields.items() if k in known or k in changes})
 
 
 class Oracle(nn.Module):
-    """dit_embed's model for a joint law: the exact log p(x_i = v | all z, all levels), or the exact
-    mean embedding said as `param` says it. `tilt` adds a smooth function of z_i: a worse network.
-    It keeps what it was asked: calls (z, lam, where, guess), reads (z, lam) of evidence."""
+    """The model for a joint distribution: the exact log p(x_i = v | all z, all levels), or the
+    exact mean embedding in the coordinates of `prediction_type`. `tilt` adds a smooth function of
+    z_i: a worse network. It keeps its inputs: calls (z, lam, is_target, guess), reads (z, lam) of
+    the self-likelihood."""
 
-    def __init__(self, joint, E, T, tilt=0.0, param="logits"):
+    def __init__(self, joint, E, T, tilt=0.0, prediction_type="logits"):
         super().__init__()
-        self.code = nn.Parameter(E.clone())
-        self.E, self.V, self.T, self.tilt, self.param = E.double(), len(E), T, tilt, param
+        self.E, self.V, self.T, self.tilt, self.kind = E.double(), len(E), T, tilt, prediction_type
         self.joint, self.rows = joint, all_rows(len(E), T)
         self.one_hot = nn.functional.one_hot(self.rows, self.V).double().flatten(1)
         g = generator(7)
@@ -66,8 +72,8 @@ class Oracle(nn.Module):
         self.phase = 6 * torch.rand(self.V, generator=g, dtype=torch.float64)
         self.calls, self.reads = [], []
 
-    def table(self):
-        return self.code
+    def embeddings(self):
+        return self.E.float()
 
     def likelihood(self, z, lam):
         """log N(z; alpha E_v, sigma^2) but for a constant in v: (..., V)"""
@@ -75,13 +81,10 @@ class Oracle(nn.Module):
         far = (z.double()[..., None, :] - alpha[..., None, None] * self.E).square().sum(-1)
         return -0.5 * far / sigma.square()[..., None]
 
-    def evidence(self, z, lam):
+    def self_likelihood(self, z, lam):
         self.reads.append((z, lam))
         log = self.likelihood(z, lam)
         return (log - log.amax(-1, True)).float()
-
-    def mean(self, logits):
-        return (logits.double().softmax(-1) @ self.E).float()
 
     def joint_posterior(self, z, lam):
         """log p(x | z) of all rows: (B, V^T)"""
@@ -93,16 +96,16 @@ class Oracle(nn.Module):
         p = (self.joint_posterior(z, lam).exp() @ self.one_hot).view(*z.shape[:2], self.V)
         return p.clamp(min=1e-300).log() + self.tilt * (z.double() @ self.wave + self.phase).cos()
 
-    def forward(self, z, lam, where=None, guess=None):
-        self.calls.append((z, lam, where, guess))
+    def forward(self, z, lam, is_target=None, guess=None):
+        self.calls.append((z, lam, is_target, guess))
         out = self.logits(z, lam)
-        if self.param != "logits":
+        if self.kind != "logits":
             alpha, sigma = (y[..., None] for y in alpha_sigma(lam))
             out = out.softmax(2) @ self.E
             out = {"x0": out, "eps": (z - alpha * out) / sigma,
-                   "v": (alpha * z - out) / sigma}[self.param]
+                   "v": (alpha * z - out) / sigma}[self.kind]
         out = out.float()
-        return out if where is None else out[where]
+        return out if is_target is None else out[is_target]
 
     def one(self, z, lam):
         """For a single position: z (n,) on the line, a number lam -> logits (n, V)."""
@@ -118,7 +121,7 @@ def hermite(nodes, dims):
 
 
 def gap(model, high, low, eps, weight):
-    """What the bound of an exact denoiser is above the entropy: KL(q(z at low) || N(0, 1)), and
+    """What the bound of an exact denoiser is above the entropy: KL(q(z at low) || N(0, 1)) and
     sum_i H(x_i | z) - H(x | z) at high. eps (n, T, d) and weight (n,) stand for the noise."""
     kl = total = 0.0
     T = model.T
@@ -143,6 +146,10 @@ def gap(model, high, low, eps, weight):
 # lam)` maps points (n,) and a number to (n, V)
 
 
+def evenly(high, low, steps):
+    return [high + (low - high) * k / steps for k in range(steps + 1)]
+
+
 def conditioning(lam_t, lam_s):
     """A, B and the deviation of z_s given z_t and the token, by Gaussian conditioning: z_t is z_s
     scaled, plus independent noise."""
@@ -161,7 +168,8 @@ def nearest(x, E):
     return E[(x[:, None] - E).abs().argmin(1)]
 
 
-def chain_law(logits_of, E, lams, kind, eta=1.0, clamp=False, decode=None, reach=7.0, h=0.02):
+def chain_distribution(logits_of, E, lams, kind, eta=1.0, clamp=False, decode=None, reach=7.0,
+                       h=0.04):
     """The token probabilities (V,) of a sampler that starts at N(0, 1) and takes a Gaussian step
     between neighbouring levels, on a grid; with eta = 0 its points move without noise instead."""
     E = E.double().flatten()
@@ -171,15 +179,15 @@ def chain_law(logits_of, E, lams, kind, eta=1.0, clamp=False, decode=None, reach
         A, B, sd = conditioning(t, s)
         (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(t), alpha_sigma(s)
         p = logits_of(z, t).softmax(1)
-        goal = nearest(p @ E, E) if clamp else p @ E
+        x0_hat = nearest(p @ E, E) if clamp else p @ E
         if kind == "token":
             move = sum(p[:, v, None] * normal(grid, (A * z + B * E[v])[:, None], sd)
                        for v in range(len(E)))
         elif kind == "ancestral":
-            move = normal(grid, (A * z + B * goal)[:, None], sd)
+            move = normal(grid, (A * z + B * x0_hat)[:, None], sd)
         else:
-            eps = (z - alpha_t * goal) / sigma_t
-            mean = alpha_s * goal + (sigma_s ** 2 - (eta * sd) ** 2).sqrt() * eps
+            eps = (z - alpha_t * x0_hat) / sigma_t
+            mean = alpha_s * x0_hat + (sigma_s ** 2 - (eta * sd) ** 2).sqrt() * eps
             if not eta:
                 z = mean
                 continue
@@ -189,22 +197,28 @@ def chain_law(logits_of, E, lams, kind, eta=1.0, clamp=False, decode=None, reach
     return weight @ p / weight.sum()
 
 
-def one_bound(logits_of, E, lams, mixture, points=161, reach=6.5):
-    """The bound of a chain's steps for every token of a single position, by quadrature: (V,)."""
-    E = E.double().flatten()
+def ends(logits_of, E, high, low, points=161, reach=6.5):
+    """Prior and reconstruction of every token of a single position, (V,) each, and nodes and
+    weights of a standard normal expectation."""
     x = torch.linspace(-reach, reach, points, dtype=torch.float64)
     w = normal(x, 0.0, torch.tensor(1.0).double())
-    w = w / w.sum()
-    alpha, sigma = alpha_sigma(lams[-1])
-    total = 0.5 * (sigma ** 2 - 1 - 2 * sigma.log() + alpha ** 2 * E ** 2)
-    alpha, sigma = alpha_sigma(lams[0])
-    for v in range(len(E)):
-        total[v] -= w @ logits_of(alpha * E[v] + sigma * x, lams[0]).log_softmax(1)[:, v]
+    w, (alpha, sigma) = w / w.sum(), alpha_sigma(low)
+    prior = 0.5 * (sigma ** 2 - 1 - 2 * sigma.log() + alpha ** 2 * E ** 2)
+    alpha, sigma = alpha_sigma(high)
+    reconstruction = torch.stack([-w @ logits_of(alpha * e + sigma * x, high).log_softmax(1)[:, v]
+                                  for v, e in enumerate(E)])
+    return prior, reconstruction, x, w
+
+
+def steps_bound(logits_of, E, lams, mixture):
+    """The bound of a chain's steps for every token of a single position, by quadrature: (V,)."""
+    E = E.double().flatten()
+    prior, reconstruction, x, w = ends(logits_of, E, lams[0], lams[-1])
+    total = prior + reconstruction
     for t, s in zip(lams[1:], lams[:-1]):
         (alpha, sigma), (_, B, sd) = alpha_sigma(t), conditioning(t, s)
         for v in range(len(E)):
-            z = alpha * E[v] + sigma * x
-            p = logits_of(z, t).softmax(1)
+            p = logits_of(alpha * E[v] + sigma * x, t).softmax(1)
             if not mixture:
                 error = (E[v] - p @ E).square()
                 total[v] += 0.5 * (math.exp(s) - math.exp(t)) * (w @ error)
@@ -215,21 +229,16 @@ def one_bound(logits_of, E, lams, mixture, points=161, reach=6.5):
     return total
 
 
-def one_continuous(logits_of, E, high, low, points=161, reach=6.5, cells=80):
-    """The bound of infinitely many steps for every token of a single position: (V,)."""
+def parts(logits_of, E, high, low, cells=80):
+    """Prior, diffusion and reconstruction of every token of a single position, by quadrature, for
+    infinitely many steps: (3, V)."""
     E = E.double().flatten()
-    x = torch.linspace(-reach, reach, points, dtype=torch.float64)
-    w = normal(x, 0.0, torch.tensor(1.0).double())
-    w, total = w / w.sum(), torch.zeros_like(E)
-    alpha, sigma = alpha_sigma(low)
-    total += 0.5 * (sigma ** 2 - 1 - 2 * sigma.log() + alpha ** 2 * E ** 2)
-    alpha, sigma = alpha_sigma(high)
-    node, share = np.polynomial.legendre.leggauss(cells)
-    for v in range(len(E)):
-        total[v] -= w @ logits_of(alpha * E[v] + sigma * x, high).log_softmax(1)[:, v]
-        for u, c in zip(node, share):
-            lam = low + (high - low) * (u + 1) / 2
-            a, s = alpha_sigma(lam)
+    prior, reconstruction, x, w = ends(logits_of, E, high, low)
+    diffusion = torch.zeros_like(E)
+    for u, c in zip(*np.polynomial.legendre.leggauss(cells)):
+        lam = low + (high - low) * (u + 1) / 2
+        a, s = alpha_sigma(lam)
+        for v in range(len(E)):
             error = (E[v] - logits_of(a * E[v] + s * x, lam).softmax(1) @ E).square()
-            total[v] += 0.25 * (high - low) * c * math.exp(lam) * (w @ error)
-    return total
+            diffusion[v] += 0.25 * (high - low) * c * math.exp(lam) * (w @ error)
+    return torch.stack((prior, diffusion, reconstruction))

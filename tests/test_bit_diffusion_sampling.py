@@ -1,7 +1,6 @@
 """The samplers of bit_diffusion.py and lab/bit_variants.py against exact distributions: chains as
 products of matrices over all bit strings, joint distributions of two and three tokens, codes of no
 token, what is given, guidance, orders, the trajectory."""
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -170,7 +169,8 @@ def test_temperature_0_takes_what_the_context_favours(head, sampler):
     """(E4) (E8) (V4) the most likely token, or sign of each bit, without the self-likelihood, which
     is told apart whether or not the network adds it."""
     model, bits = three(head, 0.7), torch.randn(40, 3, 2, generator=generator(1)).sign()
-    lam, cfg = torch.linspace(0, 3, 120).view(40, 3), config(model, sampler=sampler, temperature=0.0)
+    lam = torch.linspace(0, 3, 120).view(40, 3)
+    cfg = config(model, sampler=sampler, temperature=0.0)
     out = model(bits, lam).flatten(0, 1)
     got, _ = bit_variants.predict_x0(model, out, bits.flatten(0, 1), lam.flatten(), cfg,
                                      generator(2))
