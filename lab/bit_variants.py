@@ -56,6 +56,8 @@ class Config(bit_diffusion.Config):
         out, R = super().problems(), self.num_mixture
         if self.head == "bit" and (self.top_k or self.top_p < 1):
             out.append("--top-k and --top-p cut tokens, --head bit draws bits: use --temperature")
+        if self.prefix > 1:
+            out.append(f"--prefix is {self.prefix}, more than 1")
         if R < 1 or R & R - 1:
             out.append(f"--num-mixture is {R}, it must be a power of 2")
         if R > 1 and self.head == "token":

@@ -19,6 +19,7 @@ term -snr / 2 |E_v|^2, the prior of (E5) |E[x_0]|^2.
     (V4)  DDIM: z_s = alpha_s x0_hat + (sigma_s^2 - eta^2 sigma_q^2)^(1/2) eps_hat + eta sigma_q xi
     (V5)  guidance: out + w (out - out without the given text), logits or vectors
 """
+import dataclasses
 import math
 import sys
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ class Config(dit_embed.Config):
     cond: Literal["adaln", "add", "none"] = "adaln"  # how the network is told the noise level
     self_cond: float = 0.0  # share of steps with an earlier x0_hat as input (Chen et al. 2022)
     prefix: float = 0.0  # share of rows whose beginning, of random length, is clean in training
-    sampler: Literal["token", "ancestral", "ddim"] = "token"  # (E7), (V2), (V4)
+    sampler: Literal["auto", "token", "ancestral", "ddim"] = "auto"  # token; no logits: ancestral
+    order: Literal["auto", "random", "l2r", "maxprob"] = "auto"  # maxprob; without logits: random
     eta: float = 0.0  # noise of ddim: 0 none, 1 ancestral
     clamp_to_embedding: bool = False  # move x0_hat to the nearest embedding (Diffusion-LM; biased)
     rounding: Literal["draw", "argmax", "nearest"] = "draw"  # the last step, from vectors to tokens
@@ -80,6 +82,13 @@ class Config(dit_embed.Config):
             if getattr(self, name) > 1:
                 out.append(f"--{name.replace('_', '-')} is {getattr(self, name)}, more than 1")
         return out
+
+    def resolve(self):
+        """The same without `auto` in sampler and order."""
+        auto = ("token", "maxprob") if self.prediction_type == "logits" else ("ancestral", "random")
+        kept = dict(zip(("sampler", "order"), auto))
+        return dataclasses.replace(self, **{k: v for k, v in kept.items()
+                                            if getattr(self, k) == "auto"})
 
     @property
     def loss_type(self):
@@ -359,6 +368,7 @@ def nelbo_steps(model, x0, cfg, g, steps):
     random order at temperature 1, unbiased: (B,) nats per row."""
     if len(x0) > 64:
         return torch.cat([nelbo_steps(model, rows, cfg, g, steps) for rows in x0.split(64)])
+    cfg = cfg.resolve()
     emb, tau = model.embeddings()[x0], position_times(x0.shape, cfg, g).to(x0.device)
     total = prior_kl(emb, cfg).sum(1)
     for k in range(steps, -1, -1):
@@ -420,6 +430,7 @@ def round_to_tokens(model, out, z, lam, cfg, g):
 @torch.no_grad()
 def sample(model, x, cfg, g, on_step=lambda nfe, x: None):
     """As dit_embed.sample, for every option."""
+    cfg = cfg.resolve()
     x, V, nfe, device = x.clone(), cfg.vocab_size, 0, x.device
     is_given = x != V
     emb = model.embeddings()[x.masked_fill(~is_given, 0)]

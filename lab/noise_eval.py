@@ -1,5 +1,5 @@
-"""The evaluation suite of dit_embed.py, bit_diffusion.py and sdd.py: the bound, bounds of few steps,
-accuracy of noisy tokens, infilling, and samples of each sampler: rows of eval.jsonl, quality.png.
+"""The evaluation suite of dit_embed.py, bit_diffusion.py and sdd.py: the bound, bounds of few
+steps, accuracy of noisy tokens, infilling, samples of each sampler: eval.jsonl, quality.png.
 
     python lab/noise_eval.py --script sdd --out out/sdd --judge out/ar
     python lab/noise_eval.py --script dit_embed --out out/dit_embed --samplers token ddim --seeds 3
@@ -67,6 +67,8 @@ def predict_at(script, lab, model, x0, t, cfg, g):
 def evaluate_all(run, model, tokenizer, data, cfg, opt):
     """Write eval.jsonl and quality.png into the run folder."""
     (script, lab, samplers), log, n = SCRIPTS[opt.script], [], opt.num_samples
+    if getattr(cfg, "prediction_type", "logits") != "logits":  # no probabilities of tokens
+        samplers = samplers[1:]
 
     def say(kind, **row):
         log.append(dict(kind=kind, **row))
@@ -83,9 +85,7 @@ def evaluate_all(run, model, tokenizer, data, cfg, opt):
         row = script.evaluate(model, data, cfg, "test", opt.rows, lab.nelbo)
         log.append(dict(kind="test", **row))
         run.say(f"test: {report(row)}")
-        bounded = [s for s in samplers if s in ("token", "bit", "ancestral") and (
-            s != "token" or getattr(cfg, "prediction_type", "logits") == "logits")]
-        for sampler in bounded:
+        for sampler in sorted({"token", "bit", "ancestral"} & {*samplers}):
             for steps in opt.steps:
                 own = dataclasses.replace(cfg, sampler=sampler)
                 how = dict(sampler=sampler) if script is sdd else {}

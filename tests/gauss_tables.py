@@ -45,15 +45,14 @@ def alpha_sigma(lam):
 
 def config(Config, high=6.0, low=-6.0, V=4, T=2, d=1, **changes):
     """A Config whose levels go from `high` down to `low`; by default all positions at once, and the
-    sampling that the bound is about. What Config does not have is left out."""
-    fields = dict(emb_norm=0.0, gamma_shift=0.0) | changes
-    norm = fields["emb_norm"] if "emb_norm" in Config.__dataclass_fields__ else 1
+    sampling that the bound is about. dit_embed.Config leaves out what it does not have."""
+    known, fields = Config.__dataclass_fields__, dict(emb_norm=0.0, gamma_shift=0.0) | changes
+    norm = fields["emb_norm"] if "emb_norm" in known else 1
     center = math.log(2 * math.log(V) / (norm ** 2 or d)) - fields["gamma_shift"]
     fields = dict(vocab_size=V, seq_len=T, emb_dim=d, logsnr_above=high - center,
                   logsnr_below=center - low, noise_window=1.0, order="random", num_steps=0,
                   temperature=1.0, n_layer=1, n_head=2, n_embd=16) | fields
-    known = Config.__dataclass_fields__
-    return Config(**{k: v for k, v in fields.items() if k in known or k in changes})
+    return Config(**{k: v for k, v in fields.items() if k in known or "emb_norm" in known})
 
 
 class Oracle(nn.Module):

@@ -15,14 +15,16 @@ import pytest
 
 import ar
 import common
+import bit_diffusion
 import common_v1
+import dit_embed
 import mdlm
+import sdd
 from harness import ROOT, small_text
-from lab import ar_extra, decoding, figures, mdlm_eval, mdlm_variants, metrics, scaling
+from lab import decoding, metrics, noise_eval, sdd_variants
 
-OLD = ("dit_embed", "bit_diffusion", "sdd", "diffugpt_varlen")
-LAB = dict(ar_extra=ar_extra, decoding=decoding, figures=figures, mdlm_eval=mdlm_eval,
-           mdlm_variants=mdlm_variants, metrics=metrics, scaling=scaling)
+SCRIPTS, OLD = (ar, mdlm, dit_embed, bit_diffusion, sdd), ("diffugpt_varlen",)
+LAB = {path.stem: importlib.import_module(f"lab.{path.stem}") for path in ROOT.glob("lab/*.py")}
 
 
 def written_down():
@@ -65,7 +67,7 @@ def test_every_command_that_is_written_down_is_understood(command, monkeypatch, 
     assert (ROOT / path).exists()
     monkeypatch.setattr(sys, "argv", [path, *argv])
     monkeypatch.setattr(common, "load_config", lambda Config, out: Config())
-    for script in (ar, mdlm):
+    for script in SCRIPTS:
         monkeypatch.setattr(script, "train", stop)
     monkeypatch.setattr(common, "Run", stop)
     if module in OLD:
@@ -77,13 +79,15 @@ def test_every_command_that_is_written_down_is_understood(command, monkeypatch, 
     elif module.split(".")[-1] in LAB:
         main = LAB[module.split(".")[-1]].main
         monkeypatch.setattr(metrics, "load_judge", stop)
-        for name in ("run", "draw"):
-            monkeypatch.setattr(scaling, name, stop)
+        for name in ("scaling", "heads", "codes", "leak", "candidates"):
+            for part in ("run", "draw"):
+                monkeypatch.setattr(LAB[name], part, stop)
+        monkeypatch.setattr(LAB["vocabulary"].subprocess, "run", stop)
         if module == "lab.metrics":
             Path(tmp_path / "out/mdlm").mkdir(parents=True)
             (tmp_path / "out/mdlm/samples.txt").write_text("a")
             monkeypatch.chdir(tmp_path)
-    elif module in ("ar", "mdlm"):
+    elif module in [script.__name__ for script in SCRIPTS]:
         main = importlib.import_module(module).main
     elif module == "data.prepare":
         from data import prepare
@@ -115,17 +119,16 @@ def test_every_command_that_is_written_down_is_understood(command, monkeypatch, 
 
 def test_there_are_commands_to_check_and_each_lab_file_has_one():
     found = written_down()
-    for name in ("ar.py", "mdlm.py", "data/prepare.py", "compare.py",
+    for name in (*(f"{script.__name__}.py" for script in SCRIPTS), "data/prepare.py", "compare.py",
                  *(f"lab/{name}.py" for name in LAB)):
         assert any(name in command for command in found), name
-    assert {path.stem for path in ROOT.glob("lab/*.py")} == LAB.keys()
     for path in ROOT.glob("lab/*.py"):
         assert f"`{path.name}`" in (ROOT / "lab/README.md").read_text("utf-8"), path
 
 
 @pytest.mark.parametrize("how", [["lab/{}.py"], ["-m", "lab.{}"]], ids=["path", "module"])
 def test_lab_files_start_by_path_and_as_modules(how):
-    for name in ("mdlm_eval", "decoding"):  # those that import most
+    for name in ("mdlm_eval", "noise_eval", "decoding"):  # those that import most
         done = subprocess.run([sys.executable, *(part.format(name) for part in how), "--help"],
                               cwd=ROOT, text=True, capture_output=True, timeout=120)
         assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -140,12 +143,12 @@ FLAGS = ("--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --seq-len 32 --bat
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Runs of ar.py and mdlm.py on documents of a small text."""
+    """Runs of five scripts on documents of a small text."""
     home = tmp_path_factory.mktemp("lab")
     small_text(home / "small.txt")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setenv("TEXT_DIFFUSION_CACHE", str(home / "cache"))
-        for script in (ar, mdlm):
+        for script in SCRIPTS:
             script.main(["--data", str(home / "small.txt"), "--rows", "docs", *FLAGS, "--out",
                          str(home / script.__name__)])
         yield home
@@ -210,6 +213,84 @@ def test_the_suite_writes_its_rows_and_figures(home, capsys):
     assert "no generative NLL" in said(
         "mdlm_eval", capsys, "--out", out, "--judge", home / "none", "--orders", "l2r",
         "--steps", 4, "--num-samples", 4, "--rows", 20)
+
+
+@pytest.mark.parametrize("script, samplers", [
+    ("dit_embed", ["token", "ddim"]), ("bit_diffusion", ["token", "bit"]),
+    ("sdd", ["ancestral", "deterministic"])])
+def test_the_suite_of_noisy_inputs_writes_its_rows_and_a_figure(script, samplers, home, capsys):
+    out = home / script
+    shown = said("noise_eval", capsys, "--script", script, "--out", out, "--judge", home / "ar",
+                 "--samplers", *samplers, "--steps", 4, 8, "--num-samples", 8, "--rows", 20)
+    rows = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+    assert [row["kind"] for row in rows] == (
+        ["config", "baseline", "test"] + 4 * ["steps"] + 4 * ["accuracy"] + 3 * ["infill"] +
+        ["real"] + 4 * ["samples"])
+    assert f"test: <= {rows[2]['nats_per_token']:.3f} nats/token" in shown
+    assert [(r["sampler"], r["num_steps"]) for r in rows[-4:]] == [
+        (sampler, n) for sampler in samplers for n in (4, 8)]
+    assert all(r["gen_nll"] > 0 and r["nfe"] <= r["num_steps"] + (script == "dit_embed")
+               for r in rows[-4:])
+    assert (out / "quality.png").stat().st_size > 5000
+    with pytest.raises(common.UserError, match="not 'best'"):
+        noise_eval.main(["--script", script, "--out", str(out), "--samplers", "best"])
+
+
+VARIANTS = [
+    ("dit_variants", "--prediction-type eps", "--infill a___b"),
+    ("dit_variants", "--prediction-type v --loss vlb --self-cond 1", "--sampler ddim --eta 0.5"),
+    ("dit_variants", "--emb-norm 0 --emb-dim 32 --schedule cosine --norm post",
+     "--prompt the --guidance 1 --given noisy"),
+    ("bit_variants", "--head bit --code random --input byte --schedule cosine --cond add",
+     "--invalid modulo --prompt the --guidance 1"),
+    ("bit_variants", "--head bit --num-mixture 4 --code semantic --input bit --noise-window 1 "
+     "--prefix 0.5", "--infill a___b"),
+    ("bit_variants", "--loss nelbo --code frequency --input raw --schedule linear "
+     "--no-add-likelihood", "--sampler bit"),
+    ("sdd_variants", "--attention full --k 3 --schedule rational --add-likelihood state "
+     "--temperature 1",
+     "--infill a___b --order random --remask none --guidance 1"),
+    ("sdd_variants", "--curriculum 1,2,4 --noise-window 1 --loss nelbo", "--k 5 --sampler token"),
+    ("sdd_variants", "--candidates posterior --prefix 0.5", "--trace")]
+
+
+@pytest.mark.parametrize("name, train, sample", VARIANTS)
+def test_every_variant_trains_samples_and_is_evaluated(name, train, sample, home, capsys, tmp_path):
+    out, script = tmp_path / "run", dict(dit="dit_embed", bit="bit_diffusion", sdd="sdd")[name[:3]]
+    shown = said(name, capsys, "--data", home / "small.txt", *FLAGS, *train.split(), "--out", out)
+    assert "<= " in shown and "nfe " in shown
+    assert "nfe " in said(name, capsys, "sample", "--out", out, "--num-samples", 2, "--num-steps",
+                          8, *sample.split())
+    assert "<= " in said(name, capsys, "eval", "--out", out, "--num-steps", 4)
+    assert "steps: " in said("noise_eval", capsys, "--script", script, "--out", out, "--judge",
+                             tmp_path, "--steps", 4, "--num-samples", 4, "--rows", 8)
+
+
+def test_the_original_process_shows_a_leak_and_no_likelihood(home, capsys, tmp_path):
+    shown = said("sdd_variants", capsys, "--data", home / "small.txt", *FLAGS, "--process",
+                 "original", "--out", tmp_path / "run")
+    rows = [row for row in common.read_log(tmp_path / "run") if row["kind"] == "val"]
+    assert "copy" in shown and not any("nats" in key for row in rows for key in row)
+    with pytest.raises(common.UserError):
+        sdd_variants.main(["sample", "--out", str(tmp_path / "run"), "--prompt", "a"])
+
+
+@pytest.mark.parametrize("name, flags, sentence", [
+    ("dit_variants", "--prediction-type eps --loss ce", "--prediction-type"),
+    ("dit_variants", "--prediction-type x0 --rounding-weight 0", "embeddings are the same"),
+    ("dit_variants", "--eta 2", "--eta is 2.0"),
+    ("bit_variants", "--num-mixture 2", "--head bit"),
+    ("bit_variants", "--head bit --num-mixture 3", "must be a power of 2"),
+    ("bit_variants", "--head bit --top-k 5", "--top-k and --top-p"),
+    ("sdd_variants", "--curriculum 1,two", "not '1,two'"), ("sdd_variants", "--swap 2", "--swap is 2.0"),
+    ("sdd_variants", "--candidates posterior --add-likelihood state", "would count twice"),
+    *((name, "--prefix 2", "--prefix is 2.0")
+      for name in ("dit_variants", "bit_variants", "sdd_variants"))])
+def test_variants_that_cannot_work_are_refused(name, flags, sentence, home, tmp_path):
+    with pytest.raises(common.UserError, match=re.escape(sentence)):
+        LAB[name].main(["--data", str(home / "small.txt"), *FLAGS, *flags.split(), "--out",
+                        str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 def test_figures_metrics_and_what_ar_leaves_out(home, capsys):
