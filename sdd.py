@@ -293,11 +293,11 @@ def input_state(x, prec, z, k):
 
 
 def predict(model, x, prec, z, is_target):
-    """Logits (m, V) of (E5) at the m positions `is_target`; x, prec, z as in input_state."""
+    """Logits (m, V) of (E5) where `is_target`, and their self-likelihood; inputs: input_state."""
     net = model(*input_state(x, prec, z, model.k), is_target)
     own, is_noisy = torch.zeros_like(net), between(prec)
     own[is_noisy[is_target]] = z[is_target[is_noisy]]
-    return net + own  # (E5)
+    return net + own, own  # (E5)
 
 
 def squared_error(logits, x0):
@@ -327,7 +327,7 @@ def loss_fn(model, x0, prec, eps, weight):
     is_noisy, count = weight > 0, between(prec).sum(1)
     eps = eps[torch.arange(eps.shape[1], device=eps.device) < count[:, None]]  # (n, V)
     z = q_sample(x0[between(prec)], prec[between(prec)], eps)
-    logits = predict(model, x0, prec, z, is_noisy)
+    logits, _ = predict(model, x0, prec, z, is_noisy)
     return (F.cross_entropy(logits, x0[is_noisy], reduction="none") * weight[is_noisy]).sum()
 
 
@@ -349,7 +349,8 @@ def nelbo(model, x0, cfg, g, K=8, is_given=None, predict=predict, noise_levels=n
             x, prec_i, target = x0[i.to(device)], prec[i].to(device), (slope[i] > 0).to(device)
             x_z, prec_z = x[between(prec_i)], prec_i[between(prec_i)]
             z = q_sample(x_z, prec_z, torch.randn(len(x_z), cfg.vocab_size, generator=g).to(device))
-            cost = 0.5 * squared_error(predict(model, x, prec_i, z, target), x[target])
+            logits, _ = predict(model, x, prec_i, z, target)
+            cost = 0.5 * squared_error(logits, x[target])
             nats[i] = nats[i].masked_scatter(slope[i] > 0, cost.cpu())
         total += ((last - first) / K * slope * nats).sum(1)  # (E6)
     return total
@@ -417,7 +418,7 @@ def sample(model, x, cfg, g, on_step=lambda *_: None, predict=predict, noise_lev
         is_target = prec < CLEAN if cfg.order == "maxprob" else prec_s > prec
         if not is_target.any():
             continue
-        logits, own = predict(model, x, prec, z[between(prec)], is_target), z[is_target]
+        logits, own = predict(model, x, prec, z[between(prec)], is_target)
         nfe += 1
         # 2. choose positions, the most confident first: of those of which nothing is known, or with
         #    remasking of all: noisy ones first, then clean ones by chance, improbable tokens last

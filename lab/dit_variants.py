@@ -108,7 +108,7 @@ SCHEDULES = {  # name: log-SNR lam(t) and -d lam / dt; alpha^2 = sigmoid(lam) is
 
 
 def logsnr_range(cfg):
-    """Largest and smallest lam, around the place where a token alone is lost, snr = 2 ln V / r^2."""
+    """Largest and smallest lam, around the place where a token is lost, snr = 2 ln V / r^2."""
     center = math.log(2 * math.log(cfg.vocab_size) / (cfg.emb_norm ** 2 or cfg.emb_dim))
     center -= cfg.gamma_shift
     return center + cfg.logsnr_above, center - cfg.logsnr_below

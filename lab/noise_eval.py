@@ -60,7 +60,7 @@ def predict_at(script, lab, model, x0, t, cfg, g):
         return model(script.q_sample(model.codes[x0], level, g), level, is_noisy), is_noisy
     x, prec = x0[script.between(level)], level[script.between(level)]
     z = script.q_sample(x, prec, torch.randn(len(x), cfg.vocab_size, generator=g).to(x.device))
-    return lab.predict(model, x0, level, z, is_noisy, cfg), is_noisy
+    return lab.predict(model, x0, level, z, is_noisy, cfg)[0], is_noisy
 
 
 @torch.no_grad()

@@ -49,8 +49,6 @@ class Config(sdd.Config):
         if self.candidates == "posterior" and self.add_likelihood == "state":
             bad.append("--candidates posterior hold the context already, which --add-likelihood "
                        "state would count twice: use exact")
-        if self.add_likelihood != "exact" and self.temperature != 1:
-            bad.append(f"--add-likelihood {self.add_likelihood} is sampled at --temperature 1 only")
         if self.process == "original" and (self.prompt or self.infill or self.guidance):
             bad.append("--process original takes no --prompt, --infill or --guidance")
         return bad
@@ -212,7 +210,8 @@ def predict_parts(model, x, prec, z, is_target, cfg, is_hidden=None, prev=None):
 
 def predict(model, x, prec, z, is_target, cfg):
     """sdd.predict."""
-    return sum(predict_parts(model, x, prec, z, is_target, cfg))
+    net, own = predict_parts(model, x, prec, z, is_target, cfg)
+    return net + own, own
 
 
 # ---- corrupt, loss, bounds -----------------------------------------------------------------------
@@ -278,7 +277,7 @@ def loss_fn(model, x0, prec, eps, weight):
     is_target, count = weight > 0, between(prec).sum(1)
     eps = eps[torch.arange(eps.shape[1], device=eps.device) < count[:, None]]  # (n, V)
     z = sdd.q_sample(x0[between(prec)], prec[between(prec)], eps)
-    logits, x0 = predict(model, x0, prec, z, is_target, cfg), x0[is_target]
+    (logits, _), x0 = predict(model, x0, prec, z, is_target, cfg), x0[is_target]
     cost = (F.cross_entropy(logits, x0, reduction="none") if cfg.loss == "ce" else
             sdd.squared_error(logits, x0).float())
     return (cost * weight[is_target]).sum()
@@ -306,7 +305,7 @@ def nelbo_steps(model, x0, cfg, g, steps, sampler="token"):
         if not is_target.any():
             continue
         z = draw_z(x0, prec, cfg.vocab_size, g)
-        logits = predict(model, x0, prec, z, is_target, cfg).double()
+        logits = predict(model, x0, prec, z, is_target, cfg)[0].double()
         x, a = x0[is_target], (prec_s - prec)[is_target]
         ce = F.cross_entropy(logits, x, reduction="none")
         if sampler == "token":
@@ -344,7 +343,7 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, frames=None):
             nfe += 1
         if frames is not None:
             frames.append((nfe, prec, *candidate_state(model, x, prec, z, cfg, prev)))
-        return net + own
+        return net + own, own
     x, _ = sdd.sample(model, x, cfg, g, lambda _, x: on_step(nfe, x), predict, noise_levels)
     return x, nfe
 

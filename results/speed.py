@@ -188,7 +188,9 @@ def sample():
     """Seconds for 1 and 16 rows of 160 tokens by new networks. Rows are windows, of which none
     ends early (nor does a canvas of diffugpt_varlen.py)."""
     fixed, out = dict(vocab_size=2048, eos=0, rows="stream"), {}
-    default = {name: script.Config(**fixed, **(dict(bos=0) if name in ("ar", "diffugpt_varlen") else {}))
+    first = {name: dict(bos=0) if hasattr(script.Config, "bos") else {}
+             for name, script in SCRIPTS.items()}
+    default = {name: script.Config(**fixed, **first[name])
                for name, script in SCRIPTS.items()}
     networks = {name: script.Model(default[name]) for name, script in SCRIPTS.items()}
     plans = {(name, ONE): compare.ancestral(SCRIPTS[name], cfg) for name, cfg in default.items()}

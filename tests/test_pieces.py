@@ -74,8 +74,9 @@ def config(script, **changes):
     settings = dict(vocab_size=11, seq_len=8, n_layer=2, n_head=2, n_embd=16, rows="stream", eos=0,
                     bos=0, lr=4e-3, warmup=10, order="random", num_steps=0, temperature=1.0,
                     remask="none", sampler="token") | changes
-    known = script.Config.__dataclass_fields__
-    return script.Config(**{k: v for k, v in settings.items() if k in known or k in changes and k != "bos"})
+    known = {*script.Config.__dataclass_fields__, *changes} - (
+        set() if hasattr(script.Config, "bos") else {"bos"})
+    return script.Config(**{k: v for k, v in settings.items() if k in known})
 
 
 def network(script, cfg, shake=0.3, seed=0):

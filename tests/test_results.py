@@ -85,7 +85,7 @@ def test_the_page_shows_what_each_head_of_dit_embed_learns():
     """`| prediction | first loss | last loss | bound |` of one budget."""
     for row in load("heads", "steps", "seed")["rows"]:
         assert row["nats_per_story"] == pytest.approx(
-            row["prior"] + row["diff"] + row["recon"], rel=1e-4)
+            row["prior"] + row["diffusion"] + row["reconstruction"], rel=1e-4)
         assert (f"| {row['name']} | {row['loss'][0]:.2f} | {row['loss'][-1]:.2f} | <= "
                 f"{row['nats_per_story']:.0f} ± {row['se']:.0f} |") in PAGE
 
@@ -95,7 +95,7 @@ def test_the_page_shows_what_the_order_of_codes_is_worth():
     made = load("codes", "steps", "n_layer", "n_embd")
     for head in ("token", "bit"):
         nats = {code: [row["nats_per_story"] for row in made["rows"]
-                       if (row["head"], row["parts"], row["code"]) == (head, 1, code)]
+                       if (row["head"], row["num_mixture"], row["code"]) == (head, 1, code)]
                 for code in ("id", "random", "frequency", "semantic")}
         assert {len(n) for n in nats.values()} == {3}
         assert f"| {head} | {' | '.join(map(spread, nats.values()))} |" in PAGE

@@ -11,8 +11,9 @@ ALL = ["PRESETS", "get_rows", "get_batch", "get_eval_rows", "rotate", "MLP", "fi
        "categorical", "get_lr", "make_optimizers"]  # of all scripts; diffugpt_varlen follows
 DIFFUSION = ["Attention", "evaluate", "main"]
 OWN_TIMES = ["position_times", "reassign_times"]
-TWINS = [(key, "ar", name) for key in ALL for name in ("mdlm", "dit_embed", "bit_diffusion", "sdd")]
-TWINS += [(key, "mdlm", name) for key in DIFFUSION for name in ("dit_embed", "bit_diffusion", "sdd")]
+NOISY = ["dit_embed", "bit_diffusion", "sdd"]
+TWINS = [(key, "ar", name) for key in ALL for name in ["mdlm", *NOISY]]
+TWINS += [(key, "mdlm", name) for key in DIFFUSION for name in NOISY]
 TWINS += [(key, "dit_embed", name) for key in OWN_TIMES for name in ("bit_diffusion", "sdd")]
 TWINS += [("Block", "mdlm", name) for name in ("bit_diffusion", "sdd")]
 
