@@ -327,7 +327,7 @@ def train(cfg, sample=sample):
                     loss = loss_fn(model, x0[i], weight, cfg)
                 loss.backward()
                 total += loss.detach()
-            run.all_reduce([total] + [p.grad for p in model.parameters()])
+            run.all_reduce([total] + [p.grad for p in model.parameters() if p.grad is not None])
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
             if not math.isfinite(total.item() + norm):
                 raise common.UserError(f"loss {total}, gradient {norm} at step {step}: lower --lr")

@@ -58,12 +58,12 @@ def parse(Config, presets, argv):
 
 def check(cfg, stored):
     """One UserError about all values that cannot work: an int must be at least 1 (0 where that is
-    the default, and num_steps), a float at least 0, and the fixed fields as in `stored`."""
+    the default, num_steps, seed), a float at least 0, and the fixed fields as in `stored`."""
     bad = cfg.problems() if hasattr(cfg, "problems") else []
     keys = CHECKPOINT_KEYS + getattr(cfg, "checkpoint_keys", ())
     for field in dataclasses.fields(cfg):
         value, flag = getattr(cfg, field.name), f"--{field.name.replace('_', '-')}"
-        least = 1 if field.type is int and field.default and field.name != "num_steps" else 0
+        least = int(field.type is int and field.default and flag not in ("--num-steps", "--seed"))
         if field.type in (int, float) and not least <= value < 2 ** 31:  # nan is refused, too
             bad.append(f"{flag} is {value}, it must be at least {least} and less than 2^31")
         if field.name in keys and value != getattr(stored, field.name):

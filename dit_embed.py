@@ -333,7 +333,8 @@ def nelbo(model, x0, cfg, g, K=8, is_given=None):
             if k == K:  # reconstruction
                 cost = F.cross_entropy(logits, x[target], reduction="none")
             else:  # diffusion: d snr = snr d lam
-                error = (logits.softmax(1) @ E - E[x][target]).square().sum(1)
+                with torch.autocast(device.type, enabled=False):
+                    error = (logits.softmax(1) @ E - E[x][target]).square().sum(1)
                 cost = 0.5 * lam_i[target].exp() * error
             nats[i] = nats[i].masked_scatter(is_target[i], cost.cpu().double())
         total += (nats * ((last - first) / K * slope if k < K else 1)).sum(1)  # (E5)
@@ -487,7 +488,7 @@ def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sampl
                     loss = loss_fn(model, x0[i], lam[i], eps[i], weight[i])
                 loss.backward()
                 total += loss.detach()
-            run.all_reduce([total] + [p.grad for p in model.parameters()])
+            run.all_reduce([total] + [p.grad for p in model.parameters() if p.grad is not None])
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
             if not math.isfinite(total.item() + norm):
                 raise common.UserError(f"loss {total}, gradient {norm} at step {step}: lower --lr")

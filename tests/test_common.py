@@ -170,6 +170,7 @@ def test_presets_choose_defaults_and_flags_win_in_both_spellings(name):
     small = parse("--preset small")
     assert {**script.PRESETS["small"], "preset": "small"}.items() <= vars(small).items()
     assert parse("--preset=small") == small and small.n_layer == 8
+    assert parse("--seed 0 --num-samples 1").seed == 0
     for text in ("--preset small --n-layer 3", "--n_layer 3 --preset small", "train --preset=small "
                  "--n_layer=3"):
         assert parse(text) == dataclasses.replace(small, n_layer=3)

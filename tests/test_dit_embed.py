@@ -161,19 +161,6 @@ def test_every_position_goes_from_noise_to_token_in_its_window(window, script):
     assert (begun > 0).all() or window == 0.05
 
 
-@pytest.mark.parametrize("name", ["cosine", "sqrt"])
-def test_windows_hold_the_whole_schedule(name):
-    """(E2) lam_i = lam((t - tau_i) / w) and its chain rule, for shapes that are not straight."""
-    cfg = config(4, -5, T=6, noise_window=0.3, schedule=name)
-    tau = dit_embed.position_times((9, 6), cfg, generator(1))
-    t, h = torch.full((9, 1), 0.45), 1e-3
-    own, lam, slope = dit_variants.noise_levels(t, tau, cfg)
-    later, sooner = (dit_variants.noise_levels(t + s, tau, cfg)[1] for s in (h, -h))
-    smooth = (own > 0.05) & (own < 0.95) & (lam < 3.9) & (lam > -4.9)
-    assert smooth.sum() > 5 and torch.equal(lam, dit_variants.logsnr(own, cfg)[0])
-    assert torch.allclose(slope[smooth], ((sooner - later) / (2 * h))[smooth], rtol=0.02)
-
-
 def test_times_are_evenly_spread_in_random_order():
     """(E2) sorted, they are (1 - w) (rank + u) / T with one u per row; every position has every
     rank equally often, all orders are as likely, and u is uniform."""
@@ -275,7 +262,8 @@ def test_every_prediction_means_an_embedding():
     emb, hat, eps = torch.randn(3, 40, 5, generator=g).double()
     alpha, sigma = (y[:, None] for y in alpha_sigma(lam))
     z = dit_embed.q_sample(emb, lam, eps)
-    eps_hat, v_hat, v = (z - alpha * hat) / sigma, (alpha * z - hat) / sigma, alpha * eps - sigma * emb
+    eps_hat, v_hat = (z - alpha * hat) / sigma, (alpha * z - hat) / sigma
+    v = alpha * eps - sigma * emb
     for kind, out, want in (("eps", eps_hat, hat), ("v", v_hat, hat), ("x0", hat, hat),
                             ("v", v, emb), ("eps", eps, emb)):
         got = dit_variants.predict_x0_embedding(None, out, z, lam, config(prediction_type=kind))
@@ -554,11 +542,6 @@ def test_bounds_do_not_change_under_autocast():
         plain = bound()
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.allclose(bound(), plain, rtol=1e-3, atol=0.02)
-    model, cfg = network(script=dit_embed, **wide), config(script=dit_embed, **wide)
-    plain = dit_embed.nelbo(model, x0, cfg, generator(2), 3)
-    with torch.autocast("cpu", torch.bfloat16):  # rounds x0_hat, see squared_error of the lab
-        cast = dit_embed.nelbo(model, x0, cfg, generator(2), 3)
-    assert torch.allclose(cast, plain, rtol=1e-2, atol=0.05)
 
 
 # ---- training losses
@@ -841,19 +824,6 @@ def test_no_guess_is_a_guess_of_zeros():
     model, zeros = shaken(network(**SHAPES, self_cond=0.5)), torch.zeros_like(SOME)
     assert torch.equal(model(SOME, LAM), model(SOME, LAM, None, zeros))
     assert not torch.allclose(model(SOME, LAM), model(SOME, LAM, None, zeros + 1), atol=1e-3)
-
-
-@pytest.mark.parametrize("norm", [1.0, 2.5, 0.0])
-def test_embeddings_keep_their_norm_while_they_learn(norm):
-    """emb_norm r: |E_v| = r after every step, though the weights below move; 0: free."""
-    wide = SHAPES | dict(emb_norm=norm, loss="vlb", lr=1e-2)
-    model, x0 = network(**wide), torch.randint(7, (8, 6), generator=generator(1))
-    before = model.emb.weight.detach().clone()
-    assert before.std() == pytest.approx(1, abs=0.3)
-    train(model, config(**wide), x0, 8)
-    norms = model.embeddings().norm(dim=1)
-    assert (model.emb.weight - before).abs().min() > 0 and (norm == 0) == (norms.std() > 0.01)
-    assert norm == 0 or torch.allclose(norms, torch.full((7,), norm), atol=1e-5)
 
 
 @each_network

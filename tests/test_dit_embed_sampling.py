@@ -180,35 +180,6 @@ def test_one_step_draws_each_token_for_itself():
     assert chi_square(found, torch.outer(*marginals(JOINT, 4, 2)).flatten()) > 1e-3
 
 
-def test_ddim_with_full_noise_is_ancestral():
-    """(V4) eta = 1: the same rows from the same noise, z after z."""
-    one, two, wide = three(tilt=0.7), three(tilt=0.7), dict(window=0.5, num_steps=7)
-    x = draw(one, circle(sampler="ancestral", **wide), 50)
-    assert torch.equal(x, draw(two, circle(sampler="ddim", eta=1.0, **wide), 50))
-    for (z, lam, *_), (z2, lam2, *_) in zip(one.calls, two.calls):
-        assert torch.allclose(z, z2, atol=1e-4) and torch.equal(lam, lam2)
-    assert not torch.equal(x, draw(two, circle(sampler="ddim", eta=0.0, **wide), 50))
-
-
-def test_clamped_x0_hats_are_embeddings():
-    """Diffusion-LM's trick: each is the nearest row of E."""
-    model = three()
-    z, lam = torch.randn(60, 2, generator=generator(1)), torch.full((60,), -1.0)
-    out = model(z.view(20, 3, 2), lam.view(20, 3)).flatten(0, 1)
-    free, fixed = (dit_variants.predict_x0(
-        model, out, z, lam, circle(sampler="ancestral", clamp_to_embedding=clamp), None)
-        for clamp in (False, True))
-    assert torch.equal(fixed, CIRCLE[torch.cdist(free, CIRCLE).argmin(1)])
-    assert torch.cdist(free, CIRCLE).amin(1).mean() > 0.1
-
-
-@pytest.mark.parametrize("sampler", ["token", "ancestral", "ddim"])
-def test_a_seed_fixes_the_samples(sampler):
-    cfg = circle(0.4, sampler=sampler, num_steps=5)
-    x, y, z = (draw(three(), cfg, 20, seed) for seed in (1, 1, 2))
-    assert torch.equal(x, y) and not torch.equal(x, z)
-
-
 # ---- orders
 
 
