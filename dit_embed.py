@@ -9,25 +9,24 @@ lab/dit_variants.py: eps / x0 / v prediction, beta schedules, DDIM, self-conditi
     python dit_embed.py sample --infill "Once upon a ___ there was ___"
     python dit_embed.py eval    the bound on the test split, samples
 
-Equations. E (V, d): a vector of norm 1 for each token; snr = alpha^2 / sigma^2, lam = log snr.
+Equations. E (V, d): row E_v of norm 1 is token v's vector; snr = alpha^2 / sigma^2, lam = log snr.
     (E1)  forward process: z_i = alpha_i E[x_0,i] + sigma_i eps, alpha^2 = sigmoid(lam_i) and
           sigma^2 = 1 - alpha^2
-    (E2)  each position has its own time t_i = clamp((t - tau_i) / w, 0, 1), and lam_i = lam(t_i);
-          w = 1: the same for all, the usual process; w -> 0: one token after another, any order
-    (E3)  self-likelihood: log q(z_i | v) = sqrt(snr (1 + snr)) z_i.E_v + const, v any token
-    (E4)  p_i = softmax(net_i(z) + log q(z_i | .)), by Bayes' rule; x0_hat = sum_v p_v E_v
-    (E5)  -log p(x_0) <= NELBO = PRIOR + DIFFUSION + RECONSTRUCTION
-          PRIOR = sum_i KL(q(z_i | x_0) || N(0, 1)) at t = 1; RECONSTRUCTION = E sum_i -log p_i at
-          t = 0; DIFFUSION = 1/2 sum_i int E |E[x_0,i] - x0_hat_i|^2 d snr_i, for any tau
-    (E6)  posterior q(z_s | z_t, x_0) = N(A z_t + B E[x_0], sigma_q^2): c = 1 - snr_t / snr_s,
-          A = alpha_s / alpha_t (1 - c), B = alpha_s c, sigma_q^2 = sigma_s^2 c
-    (E7)  reverse step: a token v ~ p_i, then z_s from (E6) with E_v in place of E[x_0]
+    (E2)  own time of a position t_i = clamp((t - tau_i) / w, 0, 1), tau_i in [0, 1 - w], and lam_i
+          linear in t_i; w = 1: the usual process; w -> 0: one token after another, any order
+    (E3)  self-likelihood: log q(z_i | v) = sqrt(snr (1 + snr)) z_i.E_v + const, the same for all v
+    (E4)  p_i = softmax(net_i(z) + log q(z_i | .)), net_i like a log prior; x0_hat_i = p_i E
+    (E5)  -log p(x_0) <= NELBO = PRIOR + DIFFUSION + RECONSTRUCTION, any tau; < >: mean over eps.
+          PRIOR = sum_i KL(q(z_i | x_0) || N(0, I)) at t = 1; RECONSTRUCTION = at t = 0,
+          sum_i <-log p_i(x_0,i)>; DIFFUSION = 1/2 sum_i int <|E[x_0,i] - x0_hat_i|^2> d snr_i
+    (E6)  for s < t, q(z_s | z_t, x_0) = N(a z_t + b E[x_0], sigma_q^2 I): c = 1 - snr_t / snr_s,
+          a = alpha_s / alpha_t (1 - c), b = alpha_s c, sigma_q^2 = sigma_s^2 c
+    (E7)  reverse step: v ~ p_i, z_s from (E6) with E_v for E[x_0]; at t = 0, the token v ~ p_i
 
 Shapes: B rows, T tokens, V vocabulary, C width, H heads, D = C / H, d embedding width. Units: nats.
-Every position of a row is scored, also the EOS that fill it up. g draws all noise.
+Every position of a row is scored, also EOS padding. g: the CPU generator of all noise.
 
-Differs from the papers: (E4); own times (E2); lam lies around the place where a token is lost.
-Differs from ar.py: noisy vectors in, bidirectional attention, adaLN-zero on the noise level.
+Differs from the papers: own times (E2). From ar.py: noisy vectors in, adaLN-zero, no causal mask.
 """
 import copy
 import math
@@ -76,10 +75,10 @@ class Config:
     eval_every: int = 200  # steps between evaluations and checkpoints
     # method
     emb_dim: int = 16  # d, width of the embeddings that get the noise
-    logsnr_above: float = 3.0  # largest lam, above the place where a token is lost
-    logsnr_below: float = 8.0  # smallest lam, below that place
-    noise_window: float = 0.1  # w, share of the path from first noise to pure noise (E2)
-    # sampling; the bound is for --order random --num-steps 0 --temperature 1
+    logsnr_above: float = 3.0  # largest lam, above log(2 ln V), where z_i alone loses the token
+    logsnr_below: float = 8.0  # smallest lam, below log(2 ln V)
+    noise_window: float = 0.1  # w, time from a position's first noise to pure noise (E2), of 1
+    # sampling; the bound is for --order random --temperature 1 in the limit of many --num-steps
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "Once ___ a ___3 who": one token and three are wanted, then the end
@@ -92,7 +91,7 @@ class Config:
     # set by the data
     eos: int = 0  # end of document
 
-    checkpoint_keys = ("emb_dim", "logsnr_above", "logsnr_below")
+    checkpoint_keys = ("emb_dim", "logsnr_above", "logsnr_below")  # what a checkpoint fixes
 
     def problems(self):
         return [] if 0 < self.noise_window <= 1 else ["--noise-window must be in (0, 1]"]
@@ -188,7 +187,7 @@ class Block(nn.Module):
 
 
 def logsnr_range(cfg):
-    """Largest and smallest lam, around the place where a token alone is lost, snr = 2 ln V."""
+    """Largest and smallest lam around snr = 2 ln V, where z_i alone stops telling the token."""
     center = math.log(2 * math.log(cfg.vocab_size))
     return center + cfg.logsnr_above, center - cfg.logsnr_below
 
@@ -213,13 +212,13 @@ class Model(nn.Module):
         self.head = nn.Linear(cfg.n_embd, cfg.vocab_size)
         for name, p in self.named_parameters():
             if name.startswith("ada") or name.endswith(("proj.weight", "head.weight", "bias")):
-                nn.init.zeros_(p)  # so the first bound is ln V
+                nn.init.zeros_(p)  # net = 0: (E4) with a uniform prior, a bound near ln V
             elif p.dim() > 1:
                 nn.init.normal_(p, std=0.02)
         nn.init.normal_(self.emb.weight)
 
     def embeddings(self):
-        """E (V, d): cross-entropy cannot make them collapse, norm 1 cannot make them grow."""
+        """E (V, d): cross-entropy keeps the rows apart, norm 1 keeps them from outgrowing the noise."""
         return F.normalize(self.emb.weight, dim=1)
 
     def self_likelihood(self, z, lam):
@@ -265,8 +264,8 @@ class Model(nn.Module):
 
 # ---- 4. corrupt and loss -----------------------------------------------------------------------
 def position_times(shape, cfg, g, is_given=None):
-    """tau (B, T) of (E2), the time until which a position is clean: evenly spread over the row, in
-    random order; a given position (boolean, (B, T)) stays clean."""
+    """tau (B, T) of (E2), the time at which a position's noise begins to grow: evenly spread over
+    [0, 1 - w), in random order; infinite for a given position (boolean, (B, T))."""
     score, N = torch.rand(shape, generator=g), torch.full(shape[:1], shape[1])
     if is_given is not None:
         score, N = score.masked_fill(is_given, 2.0), (~is_given).sum(1).clamp(min=1)
@@ -276,8 +275,8 @@ def position_times(shape, cfg, g, is_given=None):
 
 
 def noise_levels(t, tau, cfg):
-    """Times t (B, 1), tau (B, T) -> each position's own time, 0 where it is clean and 1 where it is
-    pure noise, its log-SNR lam, and -d lam / dt: three (B, T)."""
+    """Times t (B, 1) or a number, tau (B, T) -> own time, 0 at least noise and 1 at pure noise, the
+    log-SNR lam, and -d lam / dt: three (B, T)."""
     high, low = logsnr_range(cfg)
     own = ((t - tau) / cfg.noise_window).clamp(0, 1)  # (E2)
     slope = (high - low) / cfg.noise_window * ((own > 0) & (own < 1))
@@ -291,8 +290,8 @@ def q_sample(emb, lam, eps):
 
 
 def corrupt(x0, cfg, g):
-    """The noise of the forward process, lam (B, T) and eps (B, T, d), to which loss_fn adds the
-    embeddings, and each token's weight in the loss (B, T): the mean over a row, then over rows."""
+    """lam (B, T) and noise eps (B, T, d) of (E1), and each token's weight in the loss (B, T): the
+    mean over the noisy positions of a row, then over rows."""
     B, T = x0.shape
     t = ((torch.arange(B) + torch.rand(1, generator=g)) / B)[:, None]  # low-discrepancy
     own, lam, _ = noise_levels(t, position_times(x0.shape, cfg, g), cfg)
@@ -374,16 +373,16 @@ def reassign_times(tau, is_waiting, score):
 
 
 def posterior(lam_t, lam_s):
-    """A, B and sigma_q of q(z_s | z_t, x_0), (..., 1) each, from lam_t up to lam_s, both (...)."""
+    """a, b and sigma_q of q(z_s | z_t, x_0), (..., 1) each, from lam_t up to lam_s, both (...)."""
     c = -(lam_t - lam_s).expm1()
     ratio = (F.logsigmoid(lam_s) - F.logsigmoid(lam_t)).div(2).exp()  # alpha_s / alpha_t
-    B, sigma_q = lam_s.sigmoid().sqrt() * c, ((-lam_s).sigmoid() * c).sqrt()
-    return (ratio * (1 - c))[..., None], B[..., None], sigma_q[..., None]  # (E6)
+    b, sigma_q = lam_s.sigmoid().sqrt() * c, ((-lam_s).sigmoid() * c).sqrt()
+    return (ratio * (1 - c))[..., None], b[..., None], sigma_q[..., None]  # (E6)
 
 
 def predict_x0(model, logits, z, lam, cfg, g):
-    """Embeddings (n, d) of tokens drawn from logits (n, V). Temperature, top-k and top-p act on
-    what the context says; the self-likelihood is an observation."""
+    """Embeddings (n, d) of tokens drawn from logits (n, V). The temperature divides net_i alone, not
+    the self-likelihood, an observation; top-k and top-p cut the sum of the two."""
     logits = logits + (cfg.temperature - 1) * model.self_likelihood(z, lam)
     return model.embeddings()[categorical(filter_logits(logits, cfg), g)]  # (E7)
 
@@ -391,7 +390,7 @@ def predict_x0(model, logits, z, lam, cfg, g):
 @torch.no_grad()
 def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict_x0=predict_x0):
     """The reverse process: positions of x (B, T) with the mask id V become tokens, all else is
-    given. Returns x and NFE. on_step(nfe, x) may see x, V where no token has probability 1/2."""
+    given. Returns x and NFE. on_step(nfe, x) sees x, V where softmax of (E3) is below 1/2."""
     x, V, nfe, device = x.clone(), cfg.vocab_size, 0, x.device
     is_given = x != V
     emb = model.embeddings()[x.masked_fill(~is_given, 0)]
@@ -406,7 +405,7 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict_x0=predict_x0)
         z = torch.where(is_given[..., None], q_sample(emb, lam, eps), z)
         # 1. predict, where lam rises; with maxprob at all noisy positions, to choose
         choose = cfg.order == "maxprob" and k > 0
-        is_target = ~is_given & (own > 0 if choose else lam_s > lam if k else own == 0)
+        is_target = ~is_given & (own > 0 if choose else lam_s > lam if k else True)
         if not is_target.any():
             continue
         logits = model(z, lam, is_target)
@@ -419,15 +418,15 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict_x0=predict_x0)
             lam_s = noise_levels((k - 1) / steps, tau, cfg)[1]
             logits, is_target = logits[(lam_s > lam)[is_target]], is_target & (lam_s > lam)
         # 3. draw: one reverse step, or at t = 0 the tokens
-        if k == 0:
+        if k == 0:  # no temperature: the self-likelihood decides
             x[is_target] = categorical(logits, g)
             on_step(nfe, x)
             break
         z_t, lam_t = z[is_target], lam[is_target]
-        x0_hat = predict_x0(model, logits, z_t, lam_t, cfg, g)
-        A, B, sigma_q = posterior(lam_t, lam_s[is_target])
+        E_v = predict_x0(model, logits, z_t, lam_t, cfg, g)
+        a, b, sigma_q = posterior(lam_t, lam_s[is_target])
         xi = torch.randn(z.shape, generator=g).to(device)[is_target]
-        z = z.masked_scatter(is_target[..., None], A * z_t + B * x0_hat + sigma_q * xi)  # (E7)
+        z = z.masked_scatter(is_target[..., None], a * z_t + b * E_v + sigma_q * xi)  # (E7)
         p, best = model.self_likelihood(z, lam_s).softmax(2).max(2)
         on_step(nfe, torch.where(is_given, x, best.masked_fill(p < 0.5, V)))
     return x, nfe

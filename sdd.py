@@ -245,8 +245,8 @@ def between(prec):
 
 
 def position_times(shape, cfg, g, is_given=None):
-    """tau (B, T) of (E4), the time until which a position is clean: evenly spread over the row, in
-    random order; a given position (boolean, (B, T)) stays clean."""
+    """tau (B, T) of (E4), the time at which a position's noise begins to grow: evenly spread over
+    [0, 1 - w), in random order; infinite for a given position (boolean, (B, T))."""
     score, N = torch.rand(shape, generator=g), torch.full(shape[:1], shape[1])
     if is_given is not None:
         score, N = score.masked_fill(is_given, 2.0), (~is_given).sum(1).clamp(min=1)

@@ -192,9 +192,9 @@ def self_likelihood(ids, logp, z, add_likelihood):
     return own
 
 
-def predict_parts(model, x, prec, z, is_target, cfg, is_hidden=None, prev=None):
-    """The network's logits (m, V) and the self-likelihood (m, V), which sdd.predict adds up; the
-    positions `is_hidden` (B, T) are shown as if nothing were known; prev: see candidate_state."""
+def predict(model, x, prec, z, is_target, cfg, is_hidden=None, prev=None):
+    """sdd.predict for all settings. The positions `is_hidden` (B, T) are shown to the network as if
+    nothing were known; prev: see candidate_state."""
     ids, logp = candidate_state(model, x, prec, z, cfg, prev)
     shown, is_noisy = logp, between(prec)
     if is_hidden is not None:
@@ -205,12 +205,6 @@ def predict_parts(model, x, prec, z, is_target, cfg, is_hidden=None, prev=None):
     own = torch.zeros_like(net)
     own[is_noisy[is_target]] = self_likelihood(ids[both], logp[both], z[is_target[is_noisy]],
                                                cfg.add_likelihood)
-    return net, own
-
-
-def predict(model, x, prec, z, is_target, cfg):
-    """sdd.predict."""
-    net, own = predict_parts(model, x, prec, z, is_target, cfg)
     return net + own, own
 
 
@@ -330,21 +324,21 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, frames=None):
     if cfg.candidates == "posterior":
         kept = torch.zeros(*x.shape, cfg.vocab_size, device=x.device)
 
-    def predict(model, x, prec, z, is_target):
+    def predict_step(model, x, prec, z, is_target):
         nonlocal nfe
         prev = None if kept is None else kept[between(prec)]
-        net, own = predict_parts(model, x, prec, z, is_target, cfg, None, prev)
+        logits, own = predict(model, x, prec, z, is_target, cfg, None, prev)
         if kept is not None:
-            kept[is_target] = net
+            kept[is_target] = logits - own
         nfe += 1
         if cfg.guidance and is_given.any():
-            bare, _ = predict_parts(model, x, prec, z, is_target, cfg, is_given, prev)
-            net = net + cfg.guidance * (net - bare)
+            bare, _ = predict(model, x, prec, z, is_target, cfg, is_given, prev)
+            logits = logits + cfg.guidance * (logits - bare)
             nfe += 1
         if frames is not None:
             frames.append((nfe, prec, *candidate_state(model, x, prec, z, cfg, prev)))
-        return net + own, own
-    x, _ = sdd.sample(model, x, cfg, g, lambda _, x: on_step(nfe, x), predict, noise_levels)
+        return logits, own
+    x, _ = sdd.sample(model, x, cfg, g, lambda _, x: on_step(nfe, x), predict_step, noise_levels)
     return x, nfe
 
 
@@ -373,7 +367,7 @@ def candidate_trace(model, x, cfg, g):
     x, nfe = sample(model, x, cfg, g, frames=frames)
     clean = torch.full(x.shape, CLEAN, device=x.device)
     z = torch.zeros(0, cfg.vocab_size, device=x.device)
-    return x, frames + [(nfe, clean, *sdd.input_state(x, clean, z, cfg.k))]
+    return x, frames + [(nfe, clean, *sdd.input_state(x, clean, z, model.k))]
 
 
 # ---- what the candidates are worth ---------------------------------------------------------------

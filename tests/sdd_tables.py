@@ -1,11 +1,11 @@
-"""Sparse distribution diffusion on tiny joint laws, where Bayes' rule can be written out: exact
-posteriors for any state, bounds and laws of samplers by quadrature. Everything is float64 inside
-and shares no code with sdd.py.
+"""Sparse distribution diffusion on tiny joint distributions, where Bayes' rule can be written out:
+exact posteriors for any state, bounds and distributions of samplers by quadrature. Everything is
+float64 inside and shares no code with sdd.py.
 
-`joint` (V^T,) holds the probabilities of all rows of tokens; log theta (..., T, V) what is measured
-of every position. A precision is a number, 0 for an unknown position, inf for a clean one. The
-quadratures are for V = 2, where evidence is one number a position, d = z_0 - z_1: of token 0 it is
-Normal(s, 2 s), of token 1 Normal(-s, 2 s), and theta = (1 / (1 + e^-d), 1 / (1 + e^d)).
+`joint` (V^T,) holds the probabilities of all rows of tokens; log theta (..., T, V) what z says of
+every position. A precision is a number, 0 for an unknown position, inf for a clean one. The
+quadratures are for V = 2, where z is one number a position, d = z_0 - z_1: of token 0 it is
+Normal(prec, 2 prec), of token 1 Normal(-prec, 2 prec), theta = (1 / (1 + e^-d), 1 / (1 + e^d)).
 """
 import functools
 import itertools
@@ -29,12 +29,12 @@ def unit(V):
 
 
 def dirichlet(V, T, seed=0, share=0.5):
-    """A random joint law of rows: (V^T,)."""
+    """A random joint distribution of rows: (V^T,)."""
     return torch.from_numpy(np.random.RandomState(seed).dirichlet(np.full(V ** T, share)))
 
 
-def entropy(law):
-    return torch.special.entr(law).sum().item()
+def entropy(joint):
+    return torch.special.entr(joint).sum().item()
 
 
 def marginals(joint, V, T):
@@ -43,12 +43,10 @@ def marginals(joint, V, T):
 
 
 def settings(V=4, T=2, **changes):
-    """Every field of a Config that these tests depend on; all tokens are candidates."""
-    return dict(vocab_size=V, seq_len=T, rows="stream", eos=0, bos=0, seed=1, n_layer=1, n_head=2,
-                n_embd=16, lr=6e-3, warmup=50, steps=1600, process="evidence", k=V, curriculum="",
-                state="evidence", attention="pooled", window=1.0, schedule="rational", loss="ce",
-                skip="evidence", prefix=0.0, swap=0.95, sampler="token", clock="random",
-                sampling_steps=0, guidance=0.0, temperature=1.0, top_k=0, top_p=1.0) | changes
+    """Settings of the tests: a small network, all tokens are candidates, one step a token."""
+    return dict(vocab_size=V, seq_len=T, rows="stream", eos=0, n_layer=1, n_head=2, n_embd=16, k=V,
+                noise_window=1.0, sampler="token", order="random", remask="none", num_steps=0,
+                temperature=1.0) | changes
 
 
 def believed(ids, logp, V):
@@ -64,13 +62,13 @@ def believed(ids, logp, V):
 
 
 class Oracle(nn.Module):
-    """sdd's model for a joint law: what the other positions say of x_i, exactly; own evidence is
-    added outside of it, but for skip "none". `tilt` adds a smooth function of all positions: a
-    worse network. It keeps what it was asked: calls (ids, logp, where)."""
+    """sdd's model for a joint distribution: what the other positions say of x_i, exactly. `tilt`
+    adds a smooth function of all positions: a worse network. It keeps what it was shown: calls
+    (ids, logp, is_target)."""
 
-    def __init__(self, joint, V, T, tilt=0.0, skip="evidence"):
+    def __init__(self, joint, V, T, tilt=0.0, k=0):
         super().__init__()
-        self.joint, self.V, self.T, self.tilt, self.skip = joint, V, T, tilt, skip
+        self.joint, self.V, self.T, self.tilt, self.k = joint, V, T, tilt, k or V
         self.rows, g = all_rows(V, T), generator(7)
         self.one_hot = F.one_hot(self.rows, V).double().flatten(1)  # (V^T, T V)
         self.wave = 1.5 * torch.randn(T * V, T, V, generator=g, dtype=torch.float64)
@@ -79,7 +77,7 @@ class Oracle(nn.Module):
         self.calls = []
 
     def context(self, theta):
-        """log theta (B, T, V) -> what the network says, (B, T, V)."""
+        """log theta (B, T, V) -> the network's logits, (B, T, V)."""
         each = theta.flatten(1) @ self.one_hot.T + self.joint.clamp(min=1e-300).log()  # (B, V^T)
         each = (each - each.amax(1, keepdim=True)).exp() @ self.one_hot
         net = each.clamp(min=1e-290).log().view(theta.shape) - theta
@@ -89,14 +87,12 @@ class Oracle(nn.Module):
         return net
 
     def answer(self, theta):
-        """Logits of the whole law of every token: (B, T, V)."""
+        """Logits of the whole distribution of every token: (B, T, V)."""
         return self.context(theta) + theta
 
-    def forward(self, ids, logp, where=None):
-        self.calls.append((ids.clone(), logp.clone(), where))
-        theta = believed(ids, logp, self.V)
-        out = (self.answer(theta) if self.skip == "none" else self.context(theta)).float()
-        return out if where is None else out[where]
+    def forward(self, ids, logp, is_target):
+        self.calls.append((ids.clone(), logp.clone(), is_target))
+        return self.context(believed(ids, logp, self.V)).float()[is_target]
 
 
 # ---- quadrature for two tokens
@@ -127,7 +123,7 @@ def grid(T, n):
     return node[index], weight[index].prod(1)
 
 
-def measured(model, s, n):
+def noisy_rows(model, s, n):
     """d (R, n^T, T) of every row when positions have precisions s (T,), and weights (n^T,)."""
     xi, weight = grid(model.T, n)
     sign = 1.0 - 2 * model.rows  # (R, T)
@@ -139,14 +135,14 @@ def measured(model, s, n):
 
 def nats(model, s, n=36):
     """1/2 E |e_x - p_i|^2 of all rows and positions at precisions s (T,): (R, T)."""
-    d, weight = measured(model, s, n)
+    d, weight = noisy_rows(model, s, n)
     p = model.answer(log_theta(d.flatten(0, 1))).softmax(-1).view(*d.shape, 2)
     wrong = p.gather(-1, (1 - model.rows)[:, None, :, None].expand(*d.shape, 1))[..., 0]
     return (weight[:, None] * wrong.square()).sum(1)  # of two tokens |e - p|^2 = 2 wrong^2
 
 
 def path_bound(model, window=1.0, schedule="rational", nodes=20, n=36):
-    """(E4) for every row, (2^T,), when the clocks of the T positions are (1 - window) / T apart, in
+    """(E6) for every row, (2^T,), when the times of the T positions are (1 - window) / T apart, in
     random order: integrals over the precision of one position after the other."""
     T, one = model.T, unit(2)
     total = torch.zeros(2 ** T, dtype=torch.float64)
@@ -181,12 +177,12 @@ def path(steps, T, tau=None, window=1.0, schedule="rational"):
             for row in own]
 
 
-def chain_bound(model, levels, mixture, n=36):
-    """(E8) for every row: (2^T,)."""
+def chain_bound(model, levels, sampler, n=36):
+    """The bound of a sampler of these steps for every row: (2^T,)."""
     node, share = gauss(n)
     total = torch.zeros(2 ** model.T, dtype=torch.float64)
     for s, then in zip(levels, levels[1:]):
-        d, weight = measured(model, s, n)
+        d, weight = noisy_rows(model, s, n)
         p = model.answer(log_theta(d.flatten(0, 1))).softmax(-1).view(*d.shape, 2)
         right = p.gather(-1, model.rows[:, None, :, None].expand(*d.shape, 1))[..., 0]
         for i in range(model.T):
@@ -194,7 +190,7 @@ def chain_bound(model, levels, mixture, n=36):
             q = right[..., i]
             if a == math.inf:
                 cost = -q.log()
-            elif a > 0 and mixture:  # the step speaks for the other token by exp(-a + ...)
+            elif a > 0 and sampler == "token":  # exp(d) of the other token over the true one
                 other = (-a + math.sqrt(2 * a) * node).exp()
                 cost = -((q[..., None] + (1 - q[..., None]) * other).log() * share).sum(-1)
             else:
@@ -203,9 +199,9 @@ def chain_bound(model, levels, mixture, n=36):
     return total
 
 
-def chain_law(model, levels, sampler, n=40):
-    """Law of the rows that a sampler draws by these steps: (2^T,). Particles d (P, T) of weights
-    (P,) branch at every step, so few steps and positions are possible."""
+def chain_distribution(model, levels, sampler, n=40):
+    """Distribution of the rows that a sampler draws by these steps: (2^T,). Particles d (P, T) of
+    weights (P,) branch at every step, so few steps and positions are possible."""
     T = model.T
     d, weight = torch.zeros(1, T).double(), torch.ones(1).double()
     for s, then in zip(levels, levels[1:]):

@@ -1,6 +1,6 @@
-"""The samplers of sdd.py against exact laws: steps of evidence, chains by quadrature, joint laws of
-two and three tokens, what is given, temperature, guidance, clocks, the trace, the original's
-sampler."""
+"""The samplers of sdd.py and lab/sdd_variants.py against exact distributions: steps of z, chains by
+quadrature, joint distributions of two and three tokens, what is given, temperature, guidance,
+orders, remasking, the candidates on the way, the original's sampler."""
 import dataclasses
 import itertools
 import math
@@ -11,25 +11,43 @@ import torch.nn.functional as F
 from scipy import stats
 
 import sdd
-from sdd_tables import Oracle, believed, chain_law, dirichlet, marginals, path, settings
+from lab import sdd_variants as lab
+from sdd_tables import Oracle, believed, chain_distribution, dirichlet, marginals, path, settings
 from tables import all_rows, chi_square, generator, row_counts
 
-SURE = sdd.SURE
+CLEAN = sdd.CLEAN
 JOINT, THREE = dirichlet(4, 2, 3), dirichlet(3, 3, 2)
 TWO = torch.tensor([0.5, 0.12, 0.06, 0.32]).double()  # V = 2, T = 2
 SAMPLERS = pytest.mark.parametrize("sampler", ["token", "ancestral", "deterministic"])
+REMASK = dict(order="maxprob", remask="conf")
 
 
 def config(V=4, T=2, **changes):
-    return sdd.Config(**settings(V, T, **changes))
+    return lab.Config(**settings(V, T, **changes))
 
 
-def three(tilt=0.0):
-    return Oracle(THREE, 3, 3, tilt)
+def three(tilt=0.0, k=0):
+    return Oracle(THREE, 3, 3, tilt, k)
 
 
-def fixed_clocks(monkeypatch, tau):
-    monkeypatch.setattr(sdd, "clocks", lambda shape, *_: torch.tensor(tau).expand(shape).clone())
+def draw(model, cfg, x=20_000, seed=1, sample=sdd.sample):
+    """Samples and NFE, from the canvas x (n, T), or so many rows of nothing."""
+    if isinstance(x, int):
+        x = torch.full((x, cfg.seq_len), cfg.vocab_size)
+    before, frames = x.clone(), []
+    out, nfe = sample(model, x, cfg, generator(seed), on_step=lambda k, x: frames.append((k, x)))
+    assert torch.equal(x, before) and 0 <= out.min() and out.max() < cfg.vocab_size
+    assert torch.equal(out[x < cfg.vocab_size], x[x < cfg.vocab_size])
+    assert not frames or frames[-1][0] == nfe and torch.equal(frames[-1][1], out)
+    return out, nfe
+
+
+def film(model, cfg, x, seed=1):
+    """Samples, and the frames' NFE, precision (N, n, T), ids and logp (N, n, T, K)."""
+    x = torch.full((x, cfg.seq_len), cfg.vocab_size) if isinstance(x, int) else x
+    x, frames = lab.candidate_trace(model, x, cfg, generator(seed))
+    nfe, *rest = zip(*frames)
+    return x, nfe, *map(torch.stack, rest)
 
 
 def normal(x, mean, variance, width=4.5):
@@ -40,451 +58,347 @@ def normal(x, mean, variance, width=4.5):
         ((x.var(0) - variance).abs() < width * variance * (2 / n) ** 0.5 + 1e-5).all()
 
 
-# ---- a step of evidence
+# ---- a step of z
 
 
-def several(s, V=3, n=30_000, seed=1):
-    """Evidence of precision s about token 1: (n, V)."""
+def several(prec, V=3, n=30_000, seed=1):
+    """z of precision prec of token 1: (n, V)."""
     eps = torch.randn(n, V, generator=generator(seed))
-    return s * F.one_hot(torch.tensor(1), V) + s ** 0.5 * eps
+    return prec * F.one_hot(torch.tensor(1), V) + prec ** 0.5 * eps
 
 
-def moved(z, s, then, goal, sampler="token", seed=2):
+def moved(z, t, s, h, sampler="token", seed=2):
     xi = torch.randn(z.shape, generator=generator(seed))
-    s, then = (torch.full((len(z),), float(y)) for y in (s, then))
-    return sdd.move(z, s, then, goal, xi, sampler)
+    t, s = (torch.full((len(z),), float(y)) for y in (t, s))
+    return sdd.sampler_step(z, t, s, h, xi, sampler)
 
 
 @pytest.mark.parametrize("sampler", ["token", "ancestral"])
-@pytest.mark.parametrize("s,half,then", [(0.0, 1.0, 4.0), (2.0, 2.5, 9.0), (5.0, 120.0, 200.0)])
-def test_a_step_up_has_the_law_of_more_evidence(sampler, s, half, then):
-    """(E1) (E7) towards e_x: Normal(s' e_x, s'), the increment independent of what was; two steps
-    have the law of one; towards any g the mean moves by (s' - s) g."""
+@pytest.mark.parametrize("t, half, s", [(0.0, 1.0, 4.0), (2.0, 2.5, 9.0), (5.0, 120.0, 200.0)])
+def test_a_step_up_has_the_distribution_of_more_observations(sampler, t, half, s):
+    """(E1) (E7) towards e_x: Normal(s e_x, s), the increment independent of what was; two steps are
+    distributed as one; towards any h the mean moves by (s - t) h."""
     e = F.one_hot(torch.tensor(1), 3).float().expand(30_000, 3)
-    z = several(s)
-    once = moved(z, s, then, e, sampler)
-    twice = moved(moved(z, s, half, e, sampler), half, then, e, sampler, 3)
+    z = several(t)
+    once = moved(z, t, s, e, sampler)
+    twice = moved(moved(z, t, half, e, sampler), half, s, e, sampler, 3)
     for after in (once, twice):
-        assert normal(after, then * e[0], then) and normal(after - z, (then - s) * e[0], then - s)
-        both = ((after - z - (then - s) * e[0]) * (z - s * e[0])).double().mean(0)
-        assert (both.abs() < 4.5 * ((then - s) * s / len(z)) ** 0.5 + 1e-5).all()
-    goal = torch.tensor([0.2, 0.7, 0.1])
-    assert normal(moved(z, s, then, goal.expand_as(z), sampler) - z, (then - s) * goal, then - s)
+        assert normal(after, s * e[0], s) and normal(after - z, (s - t) * e[0], s - t)
+        both = ((after - z - (s - t) * e[0]) * (z - t * e[0])).double().mean(0)
+        assert (both.abs() < 4.5 * ((s - t) * t / len(z)) ** 0.5 + 1e-5).all()
+    h = torch.tensor([0.2, 0.7, 0.1])
+    assert normal(moved(z, t, s, h.expand_as(z), sampler) - z, (s - t) * h, s - t)
 
 
 @SAMPLERS
-@pytest.mark.parametrize("s,then", [(9.0, 4.0), (200.0, 3.0), (50.0, 49.0), (7.0, 0.0)])
-def test_a_step_down_is_what_a_shorter_measurement_would_have_shown(sampler, s, then):
-    """(E9) Normal(s' e_x, s'), covariance with what was s': as for two times of one Brownian
-    motion, of which z(s) - z(s') is independent; the goal is of no matter; nothing is nothing."""
-    z = several(s)
-    after = moved(z, s, then, torch.full_like(z, 7.0), sampler)
-    e = torch.tensor([0.0, 1.0, 0.0])
-    assert normal(after, then * e, then)
-    low, high = (after - then * e).double(), (z - s * e).double()
-    wide = 4.5 * (s * then * 2 / len(z)) ** 0.5 + 1e-5
-    assert ((low * high).mean(0) - then).abs().max() < wide
-    assert normal(z - after, (s - then) * e, s - then)
-    wide = 4.5 * (then * (s - then) / len(z)) ** 0.5 + 1e-5
-    assert (low * (high - low)).mean(0).abs().max() < wide
-    assert then > 0 or (after == 0).all()
-    assert torch.equal(moved(z, s, s, 0 * z, "token"), z)  # no step
+@pytest.mark.parametrize("t, s", [(9.0, 4.0), (200.0, 3.0), (50.0, 49.0), (7.0, 0.0)])
+def test_a_step_down_is_what_fewer_observations_would_have_shown(sampler, t, s):
+    """(E8) Normal(s e_x, s), covariance with what was s, as of two times of one Brownian motion, of
+    which z_t - z_s is independent; h is of no matter; nothing is nothing."""
+    z, e = several(t), torch.tensor([0.0, 1.0, 0.0])
+    after = moved(z, t, s, torch.full_like(z, 7.0), sampler)
+    assert normal(after, s * e, s) and normal(z - after, (t - s) * e, t - s)
+    low, high = (after - s * e).double(), (z - t * e).double()
+    assert ((low * high).mean(0) - s).abs().max() < 4.5 * (t * s * 2 / len(z)) ** 0.5 + 1e-5
+    wide = 4.5 * (s * (t - s) / len(z)) ** 0.5 + 1e-5
+    assert (low * (high - low)).mean(0).abs().max() < wide and (s > 0 or (after == 0).all())
 
 
-def test_up_and_down_again_is_one_law_for_each_row():
-    """(E7) (E9) rows of different precisions in one call: some rise, some fall."""
+def test_rows_of_one_step_go_up_and_down():
+    """(E7) (E8) rows of different precisions at once: some rise, some fall."""
     n = 30_000
-    s, then = torch.tensor([2.0, 8.0, 0.0]).repeat(n), torch.tensor([6.0, 3.0, 1.0]).repeat(n)
+    t, s = torch.tensor([2.0, 8.0, 0.0]).repeat(n), torch.tensor([6.0, 3.0, 1.0]).repeat(n)
     e = F.one_hot(torch.tensor(1), 3).float().expand(3 * n, 3)
-    z = sdd.evidence(torch.ones(3 * n).long(), s, torch.randn(3 * n, 3, generator=generator(1)))
-    after = sdd.move(z, s, then, e, torch.randn(3 * n, 3, generator=generator(2)), "token")
+    z = sdd.q_sample(torch.ones(3 * n).long(), t, torch.randn(3 * n, 3, generator=generator(1)))
+    xi = torch.randn(3 * n, 3, generator=generator(2))
+    after = sdd.sampler_step(z, t, s, e, xi, "token")
     for i, level in enumerate((6.0, 3.0, 1.0)):
         assert normal(after[i::3], level * e[0], level)
-    back = sdd.move(after, then, s, e, torch.randn(3 * n, 3, generator=generator(3)), "ancestral")
-    assert normal(back[::3], 2 * e[0], 2.0) and (back[2::3] == 0).all()
 
 
-def test_the_deterministic_step_is_the_flow_of_one_answer():
+def test_the_deterministic_step_is_the_flow_of_one_prediction():
     """(E7) dz/ds = (p + z / s) / 2 with a fixed p, by many small Euler steps; halves compose; from
-    nothing s' p + sqrt(s') xi."""
-    p, s, then = torch.tensor([[0.2, 0.7, 0.1]]).double(), 1.5, 7.0
+    nothing s p + sqrt(s) xi."""
+    p, t, s, n = torch.tensor([[0.2, 0.7, 0.1]]).double(), 1.5, 7.0, 20_000
     z = torch.tensor([[1.0, -2.0, 3.0]]).double()
-    y, n = z.clone(), 20_000
+    y = z.clone()
     for k in range(n):
-        y = y + (p + y / (s + (then - s) * (k + 0.5) / n)) / 2 * (then - s) / n
-    got = moved(z, s, then, p, "deterministic")
+        y = y + (p + y / (t + (s - t) * (k + 0.5) / n)) / 2 * (s - t) / n
+    got = moved(z, t, s, p, "deterministic")
     assert torch.allclose(got, y, atol=1e-3)
-    assert torch.allclose(moved(moved(z, s, 4, p, "deterministic"), 4, then, p, "deterministic"),
-                          got, atol=1e-5)
+    halves = moved(moved(z, t, 4, p, "deterministic"), 4, s, p, "deterministic")
+    assert torch.allclose(halves, got, atol=1e-5)
     xi = torch.randn(1, 3, generator=generator(2))
-    nothing = moved(0 * z.float(), 0, then, p.float(), "deterministic")
-    assert torch.allclose(nothing, then * p.float() + then ** 0.5 * xi)
-    assert nothing.isfinite().all()
+    nothing = moved(0 * z.float(), 0, s, p.float(), "deterministic")
+    assert torch.allclose(nothing, s * p.float() + s ** 0.5 * xi)
 
 
-# ---- the law of every sampler
+# ---- the distribution of every sampler
 
 
 CHAINS = [(2, 1.0, "rational", [0.0, 0.0]), (2, 1.0, "exponential", [0.0, 0.0]),
-          (2, 0.5, "rational", [0.1, 0.3]), (3, 0.4, "rational", [0.05, 0.55]),
-          (1, 1.0, "rational", [0.0, 0.0])]
+          (2, 0.5, "exponential", [0.1, 0.3]), (3, 0.4, "rational", [0.05, 0.55]),
+          (1, 1.0, "exponential", [0.0, 0.0])]
 
 
 @SAMPLERS
-@pytest.mark.parametrize("steps,window,schedule,tau", CHAINS, ids=str)
-def test_a_sampler_has_the_law_of_its_chain(sampler, steps, window, schedule, tau, monkeypatch):
-    """(E5) (E7) 20 000 rows of a network that errs, in few steps, each position by its own clock:
+@pytest.mark.parametrize("steps, window, schedule, tau", CHAINS, ids=str)
+def test_a_sampler_has_the_distribution_of_its_chain(sampler, steps, window, schedule, tau,
+                                                     monkeypatch):
+    """(E4) (E7) 20 000 rows of a network that errs, in few steps, each position at its own time:
     chi-square against quadrature that knows nothing of the script."""
-    fixed_clocks(monkeypatch, tau)
+    monkeypatch.setattr(sdd, "position_times",
+                        lambda shape, *_: torch.tensor(tau).expand(shape).clone())
     model = Oracle(TWO, 2, 2, 0.9)
-    law = chain_law(model, path(steps, 2, tau, window, schedule), sampler)
-    cfg = config(2, sampler=sampler, sampling_steps=steps, window=window, schedule=schedule)
-    x, info = sdd.sample(model, cfg, 20_000, generator(1))
-    assert x.shape == (20_000, 2) and info["nfe"] == len(model.calls) <= steps
+    want = chain_distribution(model, path(steps, 2, tau, window, schedule), sampler)
+    cfg = config(2, sampler=sampler, num_steps=steps, noise_window=window, schedule=schedule)
+    x, nfe = draw(model, cfg, sample=sdd.sample if schedule == "exponential" else lab.sample)
+    assert nfe == len(model.calls) <= steps
     if sampler == "deterministic" and steps == 1:
         assert (x == x[0]).all()
     else:
-        assert chi_square(row_counts(x, 2), law) > 1e-3
+        assert chi_square(row_counts(x, 2), want) > 1e-3
 
 
 @SAMPLERS
 def test_three_steps_of_one_position(sampler):
-    """(E7) evidence is carried from step to step: chi-square."""
+    """(E7) z is carried from step to step: chi-square."""
     model = Oracle(torch.tensor([0.7, 0.3]).double(), 2, 1, 0.9)
-    law = chain_law(model, path(3, 1, schedule="exponential"), sampler)
-    cfg = config(2, 1, sampler=sampler, sampling_steps=3, schedule="exponential")
-    x, _ = sdd.sample(model, cfg, 20_000, generator(2))
-    assert chi_square(row_counts(x, 2), law) > 1e-3
+    want = chain_distribution(model, path(3, 1, schedule="exponential"), sampler)
+    x, _ = draw(model, config(2, 1, sampler=sampler, num_steps=3), seed=2)
+    assert chi_square(row_counts(x, 2), want) > 1e-3
 
 
 def test_the_chains_of_different_samplers_differ():
     """The tests above can tell them apart."""
     model = Oracle(TWO, 2, 2, 0.9)
-    laws = [chain_law(model, path(2, 2), sampler)
-            for sampler in ("token", "ancestral", "deterministic")]
-    for p, q in itertools.combinations(laws, 2):
+    every = [chain_distribution(model, path(2, 2), sampler)
+             for sampler in ("token", "ancestral", "deterministic")]
+    for p, q in itertools.combinations(every, 2):
         assert 20_000 * ((p - q).square() / q).sum() > 40
     one = Oracle(torch.tensor([0.7, 0.3]).double(), 2, 1, 0.9)
-    assert (chain_law(one, path(3, 1), "token")[0] - 0.7).abs() > 0.02
+    assert (chain_distribution(one, path(3, 1), "token")[0] - 0.7).abs() > 0.02
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 12])
-def test_tokens_of_one_position_are_exact_in_any_number_of_steps(steps):
-    """(E7) sampler token: the mixture is the true transition, so the prior comes out; k = 2 of 5
-    candidates are no loss as all evidence is added."""
+@pytest.mark.parametrize("steps, k", [(1, 5), (2, 2), (5, 5), (12, 2)])
+def test_tokens_of_one_position_are_exact_in_any_number_of_steps(steps, k):
+    """(E5) (E7) sampler token: the mixture is the true transition, so the prior comes out; k = 2 of
+    5 candidates are no loss as the self-likelihood is exact."""
     prior = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).double()
-    for k, schedule in ((5, "rational"), (2, "exponential")):
-        cfg = config(5, 1, k=k, sampling_steps=steps, schedule=schedule)
-        x, info = sdd.sample(Oracle(prior, 5, 1), cfg, 10_000, generator(steps))
-        assert chi_square(x.flatten().bincount(minlength=5), prior) > 1e-3 and info["nfe"] == steps
+    x, nfe = draw(Oracle(prior, 5, 1, k=k), config(5, 1, num_steps=steps), 10_000, steps)
+    assert chi_square(x.flatten().bincount(minlength=5), prior) > 1e-3 and nfe == steps
 
 
-def test_the_deterministic_flow_keeps_the_law_of_the_evidence():
-    """(E7) one position, exact answers, many steps: tokens have the prior's law, and on the way the
-    evidence that of Normal(s e_v, s) mixed by the prior, as the shown posterior says."""
+def test_the_deterministic_flow_keeps_the_distribution_of_z():
+    """(E7) one position, exact predictions, many steps: tokens have the prior's distribution, and z
+    on the way that of Normal(prec e_v, prec) mixed by the prior, as the shown posterior says."""
     prior, n = torch.tensor([0.6, 0.3, 0.1]).double(), 5000
-    model, trace = Oracle(prior, 3, 1), []
-    cfg = config(3, 1, sampler="deterministic", sampling_steps=100, schedule="exponential")
-    x, _ = sdd.sample(model, cfg, n, generator(4), trace=trace)
+    cfg = config(3, 1, sampler="deterministic", num_steps=100)
+    x, _, prec, ids, logp = film(Oracle(prior, 3, 1), cfg, n, 4)
     assert chi_square(x.flatten().bincount(minlength=3), prior) > 1e-3
     for at in (30, 60, 85):
-        _, _, s, ids, logp = trace[at]
-        got = believed(ids, logp, 3)[:, 0]
+        got = believed(ids[at], logp[at], 3)[:, 0]
         v = torch.multinomial(prior, n, True, generator=generator(at))
-        z = sdd.evidence(v, s[:, 0], torch.randn(n, 3, generator=generator(at + 1)))
+        z = sdd.q_sample(v, prec[at][:, 0], torch.randn(n, 3, generator=generator(at + 1)))
         want = z.double().log_softmax(1)
         for a, b in ((0, 1), (1, 2)):
             assert stats.ks_2samp(got[:, a] - got[:, b], want[:, a] - want[:, b]).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("clock", ["random", "l2r", "maxprob"])
-@pytest.mark.parametrize("window,steps", [(0.2, 60), (1.0, 40)])
-def test_many_steps_of_exact_posteriors_draw_the_joint_law(clock, window, steps):
-    """(E4) (E5) (E7) sampler token, k = V: chi-square over all rows, while the product of the
-    marginals is out of the question. Which position begins may depend on the state."""
-    n = 4000
-    cfg = config(window=window, clock=clock, sampling_steps=steps, schedule="exponential")
-    x, _ = sdd.sample(Oracle(JOINT, 4, 2), cfg, n, generator(4))
+@pytest.mark.parametrize("order", ["random", "l2r", "maxprob"])
+@pytest.mark.parametrize("window, steps", [(0.2, 60), (1.0, 40)])
+def test_many_steps_of_exact_posteriors_draw_the_joint_distribution(order, window, steps):
+    """(E4) (E6) (E7) sampler token, k = V: chi-square over all rows, while the product of the
+    marginals is out of the question. Which position begins may depend on the state. One step draws
+    every token for itself."""
+    cfg, alone = config(noise_window=window, order=order, num_steps=steps), marginals(JOINT, 4, 2)
+    product = (alone[0][:, None] * alone[1]).flatten()
+    x, _ = draw(Oracle(JOINT, 4, 2), cfg, 4000, 4)
     assert chi_square(row_counts(x, 4), JOINT) > 1e-3
-    alone = marginals(JOINT, 4, 2)
-    assert chi_square(row_counts(x, 4), (alone[0][:, None] * alone[1]).flatten()) < 1e-6
+    assert chi_square(row_counts(x, 4), product) < 1e-6
+    x, nfe = draw(Oracle(JOINT, 4, 2), dataclasses.replace(cfg, num_steps=1), 4000, 4)
+    assert chi_square(row_counts(x, 4), product) > 1e-3 and nfe == 1
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "deterministic"])
-def test_other_samplers_draw_nearly_the_joint_law(sampler):
+def test_other_samplers_draw_nearly_the_joint_distribution(sampler):
     """(E7) many steps: every row within 0.03 of its share."""
-    cfg = config(sampler=sampler, sampling_steps=100, schedule="exponential")
-    x, _ = sdd.sample(Oracle(JOINT, 4, 2), cfg, 3000, generator(5))
+    x, _ = draw(Oracle(JOINT, 4, 2), config(sampler=sampler, num_steps=100), 3000, 5)
     assert (row_counts(x, 4) / 3000 - JOINT).abs().max() < 0.03
 
 
-def test_one_step_draws_every_token_for_itself():
-    """(E7) the product of the marginals: what few steps cost."""
-    alone = marginals(JOINT, 4, 2)
-    x, info = sdd.sample(Oracle(JOINT, 4, 2), config(sampling_steps=1), 5000, generator(4))
-    assert chi_square(row_counts(x, 4), (alone[0][:, None] * alone[1]).flatten()) > 1e-3
-    assert info == dict(nfe=1)
+# ---- temperature
 
 
-# ---- temperature and filters
+def predictions(monkeypatch, cfg, x, model):
+    """What filter_logits gets and returns, and what predict returned before, at every step."""
+    seen, cut = [], sdd.filter_logits
 
-
-def answers(monkeypatch):
-    """What filter_logits gets and returns, and what predict returns."""
-    seen, cut, predict = [], sdd.filter_logits, sdd.predict
     def filtered(logits, cfg):
-        out = cut(logits, cfg)
-        seen.append(("cut", logits, out))
-        return out
-    def predicted(*args):
-        out = predict(*args)
-        seen.append(("predict", *out))
-        return out
+        seen.append((logits, cut(logits, cfg)))
+        return seen[-1][1]
+
+    def predict(*args):
+        pairs.append(lab.predict(*args, cfg))
+        return pairs[-1]
+    pairs = []
     monkeypatch.setattr(sdd, "filter_logits", filtered)
-    monkeypatch.setattr(sdd, "predict", predicted)
-    return seen
+    sdd.sample(model, x, cfg, generator(1), predict=predict)
+    assert len(seen) == len(pairs) > 3
+    return [(*pair, *some) for pair, some in zip(pairs, seen)]
 
 
-@pytest.mark.parametrize("skip", ["evidence", "state", "none"])
+@pytest.mark.parametrize("how", ["exact", "state", "none"])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-def test_temperature_is_for_context_alone(skip, temperature, monkeypatch):
-    """(E6) net / temperature + own evidence, at every step; without own evidence for all."""
-    seen = answers(monkeypatch)
-    cfg = config(3, 3, k=2, skip=skip, temperature=temperature, sampling_steps=6, window=0.5)
-    sdd.sample(three(0.5), cfg, 30, generator(1), torch.tensor([2]))
-    assert len(seen) >= 8
-    for (_, out, own), (_, _, logits) in zip(seen[::2], seen[1::2]):
+def test_temperature_is_for_the_context_alone(how, temperature, monkeypatch):
+    """(E5) net / temperature + own, at every step; without self-likelihood for all."""
+    cfg = config(3, 3, k=2, add_likelihood=how, temperature=temperature, num_steps=6,
+                 noise_window=0.5)
+    steps = predictions(monkeypatch, cfg, torch.tensor([[2, 3, 3]]).repeat(30, 1), three(0.5, 2))
+    for out, own, _, logits in steps:
         assert torch.allclose(logits, (out - own) / temperature + own, atol=1e-4)
-        assert skip != "none" or (own == 0).all()
-    assert skip == "none" or max(own.abs().max() for _, _, own in seen[2::2]) > 1
+        assert how != "none" or (own == 0).all()
+    assert how == "none" or max(own.abs().max() for _, own, *_ in steps[1:]) > 1
 
 
-def test_temperature_of_one_step_is_a_power_of_the_law():
-    """(E6) p^(1 / temperature) where nothing is known; 0 is the likeliest token, always."""
+def test_temperature_of_one_step_is_a_power_of_the_distribution():
+    """(E5) p^(1 / temperature) where nothing is known; 0 is the most likely token, always."""
     p = torch.tensor([0.5, 0.2, 0.05, 0.25]).double()
     for temperature in (0.5, 2.0):
-        law = p ** (1 / temperature)
-        cfg = config(4, 1, sampling_steps=1, temperature=temperature)
-        x, _ = sdd.sample(Oracle(p, 4, 1), cfg, 5000, generator(6))
-        assert chi_square(x.flatten().bincount(minlength=4), law / law.sum()) > 1e-3
+        want = p ** (1 / temperature)
+        cfg = config(4, 1, num_steps=1, temperature=temperature)
+        x, _ = draw(Oracle(p, 4, 1), cfg, 5000, 6)
+        assert chi_square(x.flatten().bincount(minlength=4), want / want.sum()) > 1e-3
     for steps in (1, 7):
-        cfg = config(4, 1, sampling_steps=steps, temperature=0.0)
-        assert (sdd.sample(Oracle(p, 4, 1), cfg, 50, generator(6))[0] == 0).all()
+        cfg = config(4, 1, num_steps=steps, temperature=0.0)
+        assert (draw(Oracle(p, 4, 1), cfg, 50)[0] == 0).all()
 
 
 @SAMPLERS
-def test_temperature_0_takes_what_context_favours(sampler, monkeypatch):
-    """(E6) (E7) the argmax of net, without own evidence."""
-    seen = answers(monkeypatch)
-    cfg = config(3, 3, sampler=sampler, temperature=0.0, sampling_steps=5)
-    sdd.sample(three(0.7), cfg, 40, generator(1))
-    for (_, out, own), (_, _, logits) in zip(seen[::2], seen[1::2]):
+def test_temperature_0_takes_what_the_context_favours(sampler, monkeypatch):
+    """(E5) (E7) the argmax of net, without the self-likelihood."""
+    cfg = config(3, 3, sampler=sampler, temperature=0.0, num_steps=5)
+    steps = predictions(monkeypatch, cfg, torch.full((40, 3), 3), three(0.7))
+    for out, own, _, logits in steps:
         assert torch.equal(logits.argmax(1), (out - own).argmax(1))
         assert (logits.isfinite().sum(1) == 1).all()
-    own = torch.cat([own.argmax(1) for _, _, own in seen[2::2]])
-    assert (own != torch.cat([(o - w).argmax(1) for _, o, w in seen[2::2]])).any()
+    assert any((own.argmax(1) != (out - own).argmax(1)).any() for out, own, *_ in steps[1:])
 
 
-def test_top_k_and_top_p_cut_tokens():
-    """One step of one position: the law by hand."""
-    p = torch.tensor([0.45, 0.3, 0.2, 0.05]).double()
-    for change, keep in ((dict(top_k=2), [0, 1]), (dict(top_p=0.74), [0, 1]),
-                         (dict(top_k=9), [0, 1, 2, 3]), (dict(top_p=0.76), [0, 1, 2]),
-                         (dict(top_k=3, temperature=0.5), [0, 1, 2])):
-        law = torch.zeros(4).double()
-        law[keep] = p[keep] ** (1 / change.get("temperature", 1))
-        cfg = config(4, 1, sampling_steps=1, **change)
-        x, _ = sdd.sample(Oracle(p, 4, 1), cfg, 4000, generator(7))
-        assert chi_square(x.flatten().bincount(minlength=4), law / law.sum()) > 1e-3
-    got = sdd.filter_logits(torch.tensor([[0.1, 0.4, 0.2]]), config(3, top_p=0.0))
-    assert got.softmax(1).tolist() == [[0, 1, 0]]
+# ---- what is given, guidance
 
 
-def test_categorical_draws_the_softmax():
-    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
-    draws = sdd.categorical(logits.expand(20_000, 4), generator(1))
-    assert chi_square(draws.bincount(minlength=4), [0.4, 0.3, 0.2, 0.1]) > 1e-3
-
-
-# ---- what is given
-
-
-@pytest.mark.parametrize("prompt", [[1], [0, 2], []])
-def test_a_prompt_never_changes_and_the_rest_has_its_law(prompt):
-    """(E4) rows begin with the prompt, shown clean; the others have the law given it."""
-    n, model, prompt = 1500, three(), torch.tensor(prompt).long()
-    cfg = config(3, 3, window=0.3, sampling_steps=50, schedule="exponential")
-    x, _ = sdd.sample(model, cfg, n, generator(1), prompt)
-    P = len(prompt)
-    assert (x[:, :P] == prompt).all() and x.max() < 3
-    for ids, logp, where in model.calls:
-        assert (logp[:, :P, 0] == 0).all() and not where[:, :P].any()
-        assert (ids[:, :P, 0] == prompt).all()
-    law = THREE * (all_rows(3, 3)[:, :P] == prompt).all(1)
-    assert chi_square(row_counts(x, 3), law / law.sum()) > 1e-3
-
-
-@pytest.mark.parametrize("clock", ["random", "l2r", "maxprob"])
-def test_infilling_keeps_what_is_there(clock):
-    """`start` with different holes in every row; the law of a hole is that given its sides."""
-    start = torch.tensor([[0, 3, 1], [3, 2, 3], [1, 0, 2], [3, 3, 3]]).repeat(400, 1)
-    before = start.clone()
-    cfg = config(3, 3, window=0.3, sampling_steps=40, clock=clock, schedule="exponential")
-    x, _ = sdd.sample(three(), cfg, 1600, generator(1), start=start)
-    given = start != 3
-    assert torch.equal(x[given], start[given]) and x.max() < 3 and torch.equal(start, before)
-    rows, cube = x.view(400, 4, 3), THREE.view(3, 3, 3)
-    law = cube[0, :, 1] / cube[0, :, 1].sum()
-    assert chi_square(rows[:, 0, 1].bincount(minlength=3), law) > 1e-3
-    law = cube[:, 2] / cube[:, 2].sum()
-    assert chi_square(row_counts(rows[:, 1, ::2], 3), law.flatten()) > 1e-3
-    assert chi_square(row_counts(rows[:, 3], 3), THREE) > 1e-3
-
-
-@pytest.mark.parametrize("clock", ["random", "l2r", "maxprob", "revise"])
-def test_what_is_all_given_needs_no_network(clock):
-    model, start = three(), torch.tensor([[0, 1, 2], [2, 2, 1]])
-    x, info = sdd.sample(model, config(3, 3, clock=clock), 2, generator(1), start=start)
-    assert torch.equal(x, start) and info == dict(nfe=0) and not model.calls
-
-
-def test_a_prompt_that_is_too_long_is_refused():
-    with pytest.raises(ValueError, match="a prompt of 4 ids in a row of 3"):
-        sdd.sample(three(), config(3, 3), 2, generator(1), torch.tensor([0, 1, 2, 0]))
-
-
-# ---- guidance
+@pytest.mark.parametrize("order", ["random", "l2r", "maxprob"])
+def test_given_tokens_stay_and_the_rest_is_drawn_given_them(order):
+    """(E6) a prompt, different holes in every row, nothing given; what is given is shown clean."""
+    rows = torch.tensor([[0, 3, 1], [3, 2, 3], [3, 3, 3], [0, 2, 3], [1, 0, 2]])
+    cfg, model = config(3, 3, noise_window=0.3, num_steps=40, order=order), three()
+    x, _ = draw(model, cfg, rows.repeat(800, 1))
+    for i, row in enumerate(rows[:4]):
+        want = THREE * ((all_rows(3, 3) == row) | (row == 3)).all(1)
+        assert chi_square(row_counts(x[i::5], 3), want / want.sum()) > 1e-3
+    is_given = (rows != 3).repeat(800, 1)
+    for ids, logp, target in model.calls:
+        assert (logp[is_given][:, 0] == 0).all() and not target[is_given].any()
+    model = three()
+    for how in (dict(order=order), REMASK):
+        assert draw(model, config(3, 3, **how), torch.tensor([[0, 1, 2]]))[1] == 0
 
 
 @pytest.mark.parametrize("w", [1.5, 0.4])
-@pytest.mark.parametrize("skip", ["evidence", "state"])
-def test_guidance_adds_what_the_given_text_says(w, skip, monkeypatch):
-    """(E10) out + w (out - out without c): net by two calls, where c is unknown and all else stays;
-    own evidence enters once."""
-    seen, model = answers(monkeypatch), three(0.7)
-    cfg = config(3, 3, window=0.5, sampling_steps=6, guidance=w, skip=skip, k=2)
-    x, info = sdd.sample(model, cfg, 25, generator(1), torch.tensor([1]))
-    assert info["nfe"] == len(model.calls) and len(model.calls) % 2 == 0 and (x[:, 0] == 1).all()
-    cuts = [logits for name, logits, _ in seen if name == "cut"]
-    owns = [own for name, _, own in seen if name == "predict"][::2]
+@pytest.mark.parametrize("how", ["exact", "state"])
+def test_guidance_adds_what_the_given_text_says(w, how, monkeypatch):
+    """logits + w (logits - those without the given text): net by two evaluations a step, in the
+    second of which that is unknown and all else stays; the self-likelihood enters once."""
+    cut, cuts, model = sdd.filter_logits, [], three(0.7, 2)
+    monkeypatch.setattr(sdd, "filter_logits", lambda y, cfg: cuts.append(y) or cut(y, cfg))
+    cfg = config(3, 3, noise_window=0.5, num_steps=6, guidance=w, add_likelihood=how, k=2)
+    _, nfe = draw(model, cfg, torch.tensor([[1, 3, 3]]).repeat(25, 1), sample=lab.sample)
     calls = list(zip(model.calls[::2], model.calls[1::2]))
-    assert len(calls) == len(cuts) == len(owns) > 3
-    for ((ids, logp, where), (same, less, there)), logits, own in zip(calls, cuts, owns):
-        assert torch.equal(where, there) and torch.equal(logp[:, 1:], less[:, 1:])
-        assert torch.equal(ids[:, 1:], same[:, 1:])
+    assert nfe == 2 * len(calls) and len(calls) == len(cuts) > 3
+    for ((ids, logp, target), (same, less, there)), logits in zip(calls, cuts):
+        assert torch.equal(target, there) and torch.equal(logp[:, 1:], less[:, 1:])
         assert (logp[:, 0, 0] == 0).all() and (less[:, 0, -1] == 0).all()
-        assert (less[:, 0, :-1] == -torch.inf).all()
-        full, bare = (model.context(believed(*state, 3))[where]
+        full, bare = (model.context(believed(*state, 3))[target]
                       for state in ((ids, logp), (same, less)))
-        want = full + w * (full - bare) + own
-        assert torch.allclose(logits.double(), want, atol=1e-3) and (full - bare).abs().max() > 0.1
+        own = logits.double() - full - w * (full - bare)
+        if how == "state":  # what the candidates say, up to a constant
+            want = believed(ids, logp, 3)[target]
+            assert torch.allclose(own.log_softmax(1), want.log_softmax(1), atol=1e-3)
+        assert (full - bare).abs().max() > 0.1
 
 
-def test_guidance_moves_the_law_towards_what_the_prompt_favours():
-    """(E10) of one token after a prompt, in one step: p(. | c)^(1 + w) / p(.)^w but for a constant.
-    """
+def test_guidance_moves_the_distribution_towards_what_the_prompt_favours():
+    """Of one token after a prompt, in one step: p(. | c)^(1 + w) / p(.)^w but for a constant. No
+    second evaluation without guidance or without given text."""
     pair = THREE.view(3, 3, 3).sum(2)
     given, alone = pair[1] / pair[1].sum(), pair.sum(0)
-    model = Oracle(pair.flatten(), 3, 2)
     for w in (0.0, 1.0, 3.0):
-        cfg = config(3, 2, sampling_steps=1, guidance=w)
-        x, _ = sdd.sample(model, cfg, 4000, generator(1), torch.tensor([1]))
-        law = given ** (1 + w) / alone ** w
-        assert chi_square(x[:, 1].bincount(minlength=3), law / law.sum()) > 1e-3
-    assert 4000 * (law / law.sum() - given).square().sum() > 40
+        cfg, model = config(3, 2, num_steps=1, guidance=w), Oracle(pair.flatten(), 3, 2)
+        x, nfe = draw(model, cfg, torch.tensor([[1, 3]]).repeat(4000, 1), sample=lab.sample)
+        want = given ** (1 + w) / alone ** w
+        assert chi_square(x[:, 1].bincount(minlength=3), want / want.sum()) > 1e-3
+        assert nfe == 1 + (w > 0) and draw(model, cfg, 5, sample=lab.sample)[1] == 1
+    assert 4000 * (want / want.sum() - given).square().sum() > 40
 
 
-def test_no_second_call_without_guidance_or_without_given_text():
-    """(E10) guidance 0 is off, draw by draw; nothing given: one call a step."""
-    for prompt, w, calls in ((None, 0.0, 6), (None, 2.0, 6), (torch.tensor([1]), 0.0, 6),
-                             (torch.tensor([1]), 2.0, 12)):
-        model, cfg = three(), config(3, 3, sampling_steps=6, guidance=w)
-        x, info = sdd.sample(model, cfg, 40, generator(1), prompt)
-        assert info["nfe"] == calls and len(model.calls) == calls
-        cfg = dataclasses.replace(cfg, guidance=0.0)
-        plain, _ = sdd.sample(three(), cfg, 40, generator(1), prompt)
-        assert torch.equal(x, plain) == (calls == 6)
+# ---- orders and remasking
 
 
-# ---- clocks
+@pytest.mark.parametrize("order", ["random", "l2r", "maxprob"])
+def test_precision_only_rises_and_what_is_clean_stays(order):
+    """(E4) from nothing to clean; predicted are positions that move, or all that are not clean;
+    what does not move keeps its state; what is clean shows its token."""
+    model, cfg = three(2.0), config(3, 3, noise_window=0.3, order=order, num_steps=20)
+    x, nfe, prec, ids, logp = film(model, cfg, 90)
+    assert (prec.diff(dim=0) >= 0).all() and prec[0].max() < 1e-5 and (prec[-1] == CLEAN).all()
+    assert nfe == (*range(1, len(model.calls) + 1), len(model.calls))
+    for i, (shown, told, target) in enumerate(model.calls):
+        assert torch.equal(shown, ids[i]) and torch.equal(told, logp[i])  # the film is true
+        up, clean = prec[i + 1] > prec[i], prec[i + 1] == CLEAN
+        assert torch.equal(target, prec[i] < CLEAN if order == "maxprob" else up)
+        assert torch.equal(ids[i + 1][..., 0][clean], x[clean])
+        still = ~up & sdd.between(prec[i])
+        assert torch.equal(ids[i + 1][still], ids[i][still])
+    first = (prec == CLEAN).int().argmax(0).float().mean(0)
+    assert (first.diff() > 2).all() == (order == "l2r")
+    assert (prec[..., :-1] >= prec[..., 1:]).all() == (order == "l2r")
 
 
-def precisions(trace):
-    return torch.stack([s for _, _, s, _, _ in trace])
-
-
-@pytest.mark.parametrize("clock", ["random", "l2r", "maxprob"])
-def test_precision_only_rises_and_what_is_clean_stays(clock):
-    """(E5) from nothing to clean; the network is asked for positions that move, or for all that are
-    not clean; what does not move keeps its state; what is clean shows its token."""
-    model, trace = three(2.0), []
-    cfg = config(3, 3, window=0.3, clock=clock, sampling_steps=20)
-    x, _ = sdd.sample(model, cfg, 90, generator(1), trace=trace)
-    s = precisions(trace)
-    assert (s.diff(dim=0) >= 0).all() and s[0].max() < 1e-5 and (s[-1] == SURE).all()
-    assert ((s > 0) & (s < SURE)).any()
-    states = model.calls + [(*trace[-1][3:], None)]
-    for i, ((ids, logp, where), (after, later, _)) in enumerate(zip(states, states[1:])):
-        up = s[i + 1] > s[i]
-        assert not (up & ~where).any()
-        assert torch.equal(where, s[i] < SURE if clock == "maxprob" else up)
-        clean = s[i + 1] == SURE
-        assert torch.equal(after[..., 0][clean], x[clean]) and (later[..., 0][clean] == 0).all()
-        still = ~up & ~clean & (s[i] > 0)
-        assert torch.equal(after[still], ids[still])
-
-
-def test_left_to_right_settles_the_left_first():
-    """(E5) l2r: in precision and in the trace, what is given left out; random clocks do not."""
-    for clock in ("l2r", "random"):
-        trace = []
-        cfg = config(3, 3, window=0.25, clock=clock, sampling_steps=24)
-        sdd.sample(three(), cfg, 40, generator(1), trace=trace)
-        s = precisions(trace)
-        assert (s[:, :, :-1] >= s[:, :, 1:]).all() == (clock == "l2r")
-        first = (s == SURE).int().argmax(0).float().mean(0)
-        assert (first.diff() > 2).all() == (clock == "l2r")
-    trace = []
-    sdd.sample(three(), config(3, 3, window=0.25, clock="l2r", sampling_steps=24), 9, generator(1),
-               trace=trace, start=torch.tensor([[3, 1, 3]]).repeat(9, 1))
-    s = precisions(trace)
-    assert (s[..., 0] >= s[..., 2]).all() and (s[..., 1] == SURE).all()
-
-
-@pytest.mark.parametrize("clock", ["maxprob", "revise"])
-def test_the_surest_position_begins(clock):
-    """(E5) here the middle is known, the first is a toss of three, the last of two."""
-    joint, trace = torch.zeros(3, 3, 3).double(), []
+@pytest.mark.parametrize("remask", ["none", "conf"])
+def test_the_most_confident_position_begins(remask):
+    """(E4) here the middle is certain, the first is a toss of three, the last of two; few steps are
+    enough to make all of them clean."""
+    joint = torch.zeros(3, 3, 3).double()
     joint[:, 1, :2] = 1 / 6
-    cfg = config(3, 3, window=0.2, clock=clock, sampling_steps=20)
-    sdd.sample(Oracle(joint.flatten(), 3, 3), cfg, 50, generator(1), trace=trace)
-    s = precisions(trace)
-    begun = (s > 1e-4).int().argmax(0)
-    assert (begun[:, 1] < begun[:, 0]).all() and (begun[:, 1] < begun[:, 2]).all()
-    assert clock == "revise" or (begun[:, 2] < begun[:, 0]).all()
+    cfg = config(3, 3, noise_window=0.2, order="maxprob", remask=remask, num_steps=20)
+    prec = film(Oracle(joint.flatten(), 3, 3), cfg, 50)[2]
+    began = (prec > 1e-4).int().argmax(0)
+    assert (began[:, 1] < began[:, 0]).all() and (began[:, 1] < began[:, 2]).all()
+    assert remask == "conf" or (began[:, 2] < began[:, 0]).all()
+    for steps in (1, 2, 3):
+        some = dataclasses.replace(cfg, num_steps=steps)
+        assert (film(three(), some, 50)[2][-1] == CLEAN).all() and draw(three(), some)[1] <= steps
 
 
-@pytest.mark.parametrize("window,steps", [(0.3, 30), (0.1, 16)])
-def test_settled_positions_give_way_to_surer_ones(window, steps):
-    """(E9) revise: ends with every position settled and what is given kept; precision falls at
-    times, to nothing with few steps, and settled tokens change at times; evidence that is taken
-    back in part is that of the settled token, seen for a shorter time."""
-    V, T, n, trace = 2, 6, 180, []
-    cfg = config(V, T, window=window, clock="revise", sampling_steps=steps, schedule="exponential")
-    start = torch.full((n, T), V)
-    start[1::2, 1] = 1
-    model = Oracle(dirichlet(V, T, 4), V, T, 2.0)
-    x, info = sdd.sample(model, cfg, n, generator(1), None, trace, start)
-    s, seen = precisions(trace), torch.stack([ids for _, ids, *_ in trace])
-    assert x.min() >= 0 and x.max() < V and (s[-1] == SURE).all() and len(trace) == info["nfe"] + 1
-    assert (x[1::2, 1] == 1).all() and (s[:, 1::2, 1] == SURE).all() and torch.equal(seen[-1], x)
+@pytest.mark.parametrize("window, steps", [(0.3, 30), (0.1, 16)])
+def test_clean_positions_become_noisy_again(window, steps):
+    """(E8) ends with every position clean and what is given kept; precision falls at times, to
+    nothing with few steps, and clean tokens change at times; z that falls in part is that of the
+    clean token, observed for a shorter time."""
+    V, T, n = 2, 6, 180
+    cfg = config(V, T, noise_window=window, num_steps=steps, **REMASK)
+    x = torch.full((n, T), V)
+    x[1::2, 1] = 1
+    x, _, prec, ids, logp = film(Oracle(dirichlet(V, T, 4), V, T, 2.0), cfg, x)
+    assert x.max() < V and (prec[-1] == CLEAN).all() and (prec[:, 1::2, 1] == CLEAN).all()
     off, changed, gone = [], 0, 0
-    for token, before, after, (*_, ids, logp) in zip(seen, s, s[1:], trace[1:]):
-        back = (before == SURE) & (after < SURE)
+    for before, after, token, now, told in zip(prec, prec[1:], ids[..., 0], ids[1:], logp[1:]):
+        back = (before == CLEAN) & (after < CLEAN)
         changed += (x != token)[back].sum()
         gone += (after[back] == 0).sum()
         part = back & (after > 0)
-        theta, level, token = believed(ids, logp, V)[part], after[part], token[part][:, None]
+        theta, level, token = believed(now, told, V)[part], after[part], token[part][:, None]
         gap = (theta.gather(1, token) - theta.gather(1, 1 - token))[:, 0]
         off.append((gap - level) / (2 * level).sqrt())
     off = torch.cat(off)
@@ -495,163 +409,117 @@ def test_settled_positions_give_way_to_surer_ones(window, steps):
         assert gone > 3
 
 
-def test_chance_keeps_settled_positions_by_how_sure_they_were(monkeypatch):
-    """revise: what is not settled comes first, by the largest probability; what is settled by that
-    of its token less a Gumbel variable, so that exp(-p) says how likely it is started over."""
-    p, seen, deal = torch.tensor([0.7, 0.2, 0.1]), [], sdd.deal
-    monkeypatch.setattr(sdd, "deal", lambda tau, waiting, score: seen.append(
-        (waiting, score.clone())) or deal(tau, waiting, score))
-    cfg = config(3, 20, window=0.01, clock="revise", sampling_steps=10)
-    model, trace = sdd.Model(cfg), []
-    model.head.bias.data = sdd.CAP * (p.log() / sdd.CAP).atanh()
-    x, _ = sdd.sample(model, cfg, 60, generator(1), torch.tensor([2]), trace)
+def test_chance_keeps_clean_positions_by_their_confidence(monkeypatch):
+    """(E8) what is noisy comes first, by its largest probability; what is clean by that of its
+    token less a Gumbel variable, so that the weight of becoming noisy again is exp(-p)."""
+    p, seen, reassign = torch.tensor([0.7, 0.2, 0.1]), [], sdd.reassign_times
+    monkeypatch.setattr(sdd, "reassign_times", lambda tau, waits, score: seen.append(
+        (waits, score.clone())) or reassign(tau, waits, score))
+    cfg = config(3, 20, noise_window=0.01, num_steps=10, **REMASK)
+    model, x = lab.Model(cfg), torch.full((60, 20), 3)
+    model.head.bias.data, x[:, 0] = sdd.Model.CAP * (p.log() / sdd.Model.CAP).atanh(), 2
+    _, _, prec, ids, _ = film(model, cfg, x)
     noise = []
-    for (waiting, score), (_, ids, s, *_) in zip(seen, trace):
-        settled = (s == SURE) & waiting
-        assert not waiting[:, 0].any() and waiting[:, 1:].all()
-        assert torch.allclose(score[s == 0], 1000 + p[0])  # of a network that says the same of all
-        noise.append(p[ids[settled]] - score[settled])
+    for (waits, score), level, tokens in zip(seen, prec, ids[..., 0]):
+        clean = (level == CLEAN) & waits
+        assert not waits[:, 0].any() and waits[:, 1:].all()
+        assert torch.allclose(score[level == 0], 1000 + p[0])  # the network says the same of all
+        noise.append(p[tokens[clean]] - score[clean])
     noise = torch.cat(noise).double()
     assert len(noise) > 3000 and stats.kstest(noise.numpy(), "gumbel_r").pvalue > 1e-3
 
 
-def test_revision_of_even_chances_stays_even():
-    """(E9) where all tokens are alike by symmetry, every token is as likely at the end, whatever is
-    revised; a law that is the same for every shift of the tokens keeps its even marginals."""
+def test_remasking_keeps_even_chances_even():
+    """(E8) where all tokens are alike by symmetry, every token is as likely at the end; a joint
+    distribution that is the same for every shift of the tokens keeps its even marginals."""
     n, V = 3000, 3
     shift = torch.tensor([0.8, 0.15, 0.05]).double()  # of the second token to the first
     joint = torch.stack([torch.stack([shift[(b - a) % V] for b in range(V)]) for a in range(V)]) / V
-    for law in (torch.full((V * V,), 1 / V ** 2).double(), joint.flatten()):
-        trace = []
-        cfg = config(V, 2, window=0.5, clock="revise", sampling_steps=20, schedule="exponential")
-        x, _ = sdd.sample(Oracle(law, V, 2), cfg, n, generator(2), trace=trace)
-        assert (precisions(trace).diff(dim=0) < 0).any()
+    cfg = config(V, 2, noise_window=0.5, num_steps=20, **REMASK)
+    for p in (torch.full((V * V,), 1 / V ** 2).double(), joint.flatten()):
+        x, _, prec, *_ = film(Oracle(p, V, 2), cfg, n, 2)
+        assert (prec.diff(dim=0) < 0).any()
         for i in range(2):
             assert stats.chisquare(x[:, i].bincount(minlength=V)).pvalue > 1e-3
     assert ((x[:, 1] - x[:, 0]) % V == 0).double().mean() > 0.7
 
 
-@pytest.mark.parametrize("clock", ["maxprob", "revise"])
-def test_one_step_is_enough_for_any_clock(clock):
-    """Few steps settle every position, too."""
-    for steps in (1, 2, 3):
-        trace = []
-        cfg = config(3, 3, window=0.3, clock=clock, sampling_steps=steps)
-        x, info = sdd.sample(three(), cfg, 50, generator(1), trace=trace)
-        assert (trace[-1][2] == SURE).all() and x.max() < 3 and info["nfe"] <= steps
+# ---- NFE, candidates on the way, settings
 
 
-# ---- calls, trace, seeds, settings
+def test_num_steps_is_nfe_and_0_is_one_step_a_token():
+    """One evaluation a step with w = 1; with smaller windows only steps in which something moves.
+    Before the end on_step sees V where no token has probability 1/2."""
+    for steps, nfe in ((1, 1), (5, 5), (0, 3)):
+        assert draw(three(), config(3, 3, num_steps=steps), 3)[1] == nfe
+    cfg = config(3, 3, noise_window=0.1, num_steps=50)
+    assert draw(three(), cfg, torch.tensor([[0, 1, 3]]))[1] <= 7
+    seen, cfg = [], config(3, 3, num_steps=12)
+    sdd.sample(three(), torch.full((60, 3), 3), cfg, generator(1), lambda k, x: seen.append(x))
+    _, _, _, ids, logp = film(three(), cfg, 60)
+    for x, now, told in zip(seen, ids[1:], logp[1:]):
+        assert torch.equal(x, torch.where(told[..., 0] >= math.log(0.5), now[..., 0], 3))
+    assert 0 < (torch.stack(seen) == 3).double().mean() < 1
 
 
-def test_sampling_steps_count_calls_and_0_is_one_for_every_token():
-    """One call a step with w = 1; with windows only those in which something moves."""
-    for steps, calls in ((1, 1), (5, 5), (0, 3)):
-        assert sdd.sample(three(), config(3, 3, sampling_steps=steps), 3, generator(1))[1] == dict(
-            nfe=calls)
-    model, start = three(), torch.tensor([[0, 1, 3]])
-    info = sdd.sample(model, config(3, 3, window=0.1, sampling_steps=50), 1, generator(1),
-                      start=start)[1]
-    assert info["nfe"] == len(model.calls) <= 7
-
-
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_the_trace_shows_what_the_network_sees_and_ends_with_the_sample(k):
-    """A frame for every call: calls so far, precision, candidates and log p as shown, random ones
-    of 1 / V where nothing is known; ids where one token has half of the probability, else V."""
-    for w in (0.0, 1.0):
-        model, trace, each = three(), [], 2 if w else 1
-        cfg = config(3, 3, k=k, window=0.4, sampling_steps=12, guidance=w)
-        x, info = sdd.sample(model, cfg, 60, generator(1), torch.tensor([2]), trace)
-        assert [t[0] for t in trace] == [*range(each, info["nfe"] + 1, each), info["nfe"]]
-        for (_, seen, s, ids, logp), (shown, told, _) in zip(trace, model.calls[::each]):
-            assert ids.shape == (60, 3, k) and logp.shape == (60, 3, k + 1)
-            known = s > 0
-            assert torch.equal(ids[known], shown[known]) and torch.equal(logp[known], told[known])
-            assert (told[~known][:, -1] == 0).all()
-            assert torch.allclose(logp[~known][:, :k], torch.tensor(-math.log(3)))
-            sure = logp[..., 0] >= math.log(0.5)
-            assert torch.equal(seen, torch.where(sure, ids[..., 0], 3))
-        blank = trace[0][3][:, 1:].flatten(0, 1)
-        assert (blank.sort(1).values.diff(dim=1) > 0).all() and len(blank.unique()) == 3
-        _, seen, s, ids, logp = trace[-1]
-        assert torch.equal(seen, x) and (s == SURE).all() and torch.equal(ids[..., 0], x)
-        assert (logp[..., 0] == 0).all() and (trace[0][1][:, 1:] == 3).all()
-        assert (x[:, 0] == 2).all()
-
-
-def test_a_belief_is_made_of_the_answer_before():
-    """(E3) state belief: one call a step; candidates are the top of z + net, net what the network
-    last said of the position; guidance and temperature are of what they were."""
-    seen, trace, predict = [], [], sdd.predict
+def test_posterior_candidates_are_made_of_the_prediction_before():
+    """(E3) one evaluation a step; candidates are the top of z + net, net what the network last said
+    of the position."""
+    seen, predict = [], lab.predict
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sdd, "predict", lambda *args: seen.append((args, predict(*args)))
+        patch.setattr(lab, "predict", lambda *args: seen.append((args, predict(*args)))
                       or seen[-1][1])
-        cfg = config(3, 3, k=2, state="belief", window=0.7, sampling_steps=12)
-        model = three(0.5)
-        x, info = sdd.sample(model, cfg, 30, generator(1), trace=trace)
-    assert info["nfe"] == len(seen) == len(model.calls) == 12
+        cfg, model = config(3, 3, candidates="posterior", noise_window=0.7, num_steps=12), three(
+            0.5, 2)
+        _, nfe, _, ids, logp = film(model, cfg, 30)
     last = torch.zeros(30, 3, 3)
-    for (args, (out, own)), (ids, logp, where), frame in zip(seen, model.calls, trace):
-        _, _, s, z, todo, _, hide, past = args
-        open = (s > 0) & (s < SURE)
-        assert hide is None and torch.equal(past, last[open])
-        want = sdd.sparse(z + past, 2)
-        assert all(torch.equal(a[open], b) for a, b in zip((ids, logp), want))
-        assert all(torch.equal(a[open], b) for a, b in zip(frame[3:], want))
-        last[todo] = out - own
-    assert last.abs().min() > 0 and x.max() < 3
+    assert len(seen) == len(model.calls) == nfe[-1] == 12
+    for (args, (out, own)), call, *frame in zip(seen, model.calls, ids, logp):
+        _, _, prec, z, target, _, _, prev = args
+        is_noisy = sdd.between(prec)
+        assert torch.allclose(prev, last[is_noisy])
+        for got, shown, want in zip(call, frame, sdd.top_k_state(z + prev, 2)):
+            assert torch.equal(got[is_noisy], want) and torch.equal(shown[is_noisy], want)
+        last[target] = out - own
+    assert last.abs().min() > 0
 
 
 def test_the_truth_is_always_among_all_candidates():
-    """candidates(): with k = V, in training and in sampling; with k = 1 rarely where little is
+    """candidate_recall: with k = V, in training and in sampling; with k = 1 rarely where little is
     known, nearly always where much is."""
+    x0 = all_rows(3, 3)[torch.multinomial(THREE, 500, True, generator=generator(1))]
     for k in (1, 3):
-        cfg = config(3, 3, k=k, window=0.7, sampling_steps=20)
-        x0 = all_rows(3, 3)[torch.multinomial(THREE, 500, True, generator=generator(1))]
-        rows = sdd.candidates(three(), cfg, x0, generator(2))
-        assert rows[0]["s_low"] == 0 and rows[-1]["s_high"] == SURE
+        cfg = config(3, 3, k=k, noise_window=0.7, num_steps=20)
+        rows = lab.candidate_recall(three(k=k), x0, cfg, generator(2))
+        assert rows[0]["prec_low"] == 0 and rows[-1]["prec_high"] == CLEAN
         for row, after in zip(rows, rows[1:]):
-            assert row["s_high"] == after["s_low"]
-        for row in rows:
-            for name in ("training", "sampling"):
-                many, share = row[f"{name}_n"], row[name]
-                assert many > 0 or share is None
-                if k == 3 and many:
-                    assert share == 1
-        if k == 1:
-            for name in ("training", "sampling"):
-                assert 0.4 < rows[0][name] < 0.85 and rows[-1][name] > 0.95
-
-
-def test_a_seed_fixes_the_samples():
-    for change in (dict(), dict(sampler="ancestral"), dict(sampler="deterministic"),
-                   dict(clock="revise"), dict(clock="maxprob")):
-        cfg = config(3, 3, window=0.4, sampling_steps=5, **change)
-        x, y, z = (sdd.sample(three(0.5), cfg, 40, generator(s))[0] for s in (1, 1, 2))
-        assert torch.equal(x, y) and not torch.equal(x, z)
+            assert row["prec_high"] == after["prec_low"]
+        for row, name in itertools.product(rows, ("training", "sampling")):
+            many, share = row[f"{name}_n"], row[name]
+            assert many > 0 or share is None
+            assert k == 1 or not many or share == 1
+        for name in ("training", "sampling") if k == 1 else ():
+            assert 0.4 < rows[0][name] < 0.85 and rows[-1][name] > 0.95
 
 
 @pytest.mark.parametrize("change", [
-    dict(), dict(guidance=1.0), dict(clock="revise", temperature=0.5), dict(clock="maxprob"),
-    dict(attention="full", clock="revise", guidance=0.7), dict(sampler="deterministic", window=1.0),
-    dict(attention="full", sampler="ancestral"), dict(sampler="deterministic", clock="revise"),
-    dict(k=1, skip="state", clock="l2r"), dict(k=99, skip="none", temperature=0.0),
-    dict(state="belief", clock="revise", guidance=0.5),
-    dict(attention="full", k=1, clock="revise"), dict(top_k=2, top_p=0.9)], ids=str)
+    dict(), REMASK | dict(temperature=0.5), dict(order="maxprob"),
+    dict(attention="full", guidance=0.7, **REMASK), dict(sampler="deterministic", noise_window=1.0),
+    dict(attention="full", sampler="ancestral"), dict(sampler="deterministic", **REMASK),
+    dict(k=1, add_likelihood="state", order="l2r"), dict(add_likelihood="none", temperature=0, k=99),
+    dict(candidates="posterior", guidance=0.5, **REMASK), dict(top_k=2, top_p=0.9)], ids=str)
 def test_a_network_of_the_script_samples_with_every_setting(change):
-    """Ids within the vocabulary, the prompt kept, under autocast too."""
+    """Ids within the vocabulary, the prompt kept, under autocast too; a seed fixes the samples."""
     torch.manual_seed(0)
-    some = dict(k=3, window=0.4, sampling_steps=6, schedule="exponential")
-    cfg = config(11, 6, **some | change)
-    model = sdd.Model(cfg)
+    cfg = config(11, 6, **dict(k=3, noise_window=0.4, num_steps=6) | change)
+    model, x = lab.Model(cfg), torch.full((3, 6), 11)
     for p in model.parameters():
         p.data += 0.2 * torch.randn(p.shape)
-    for cast in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-            x, _ = sdd.sample(model, cfg, 3, generator(1), torch.tensor([6, 5]))
-        assert x.shape == (3, 6) and (x[:, :2] == torch.tensor([6, 5])).all()
-        assert 0 <= x.min() and x.max() < 11
+    x[:, :2] = torch.tensor([6, 5])
+    one, again, other = (draw(model, cfg, x, seed, lab.sample)[0] for seed in (1, 1, 2))
+    assert torch.equal(one, again) and (cfg.temperature == 0 or not torch.equal(one, other))
+    with torch.autocast("cpu", torch.bfloat16):
+        draw(model, cfg, x, 1, lab.sample)
 
 
 # ---- the original's sampler
@@ -660,42 +528,35 @@ def test_a_network_of_the_script_samples_with_every_setting(change):
 def original(V=50, T=40, k=5, **changes):
     torch.manual_seed(0)
     cfg = config(V, T, k=k, process="original", **changes)
-    return sdd.Model(cfg), cfg
+    return lab.Model(cfg), cfg
 
 
 def test_the_original_sampler_starts_without_the_answer():
     """k random candidates of 1 / V each, of which one is the truth of any text with probability
-    about k / V; a fresh network moves to other random ones; one call a step."""
-    (model, cfg), trace, n = original(sampling_steps=3), [], 250
-    x, info = sdd.sample(model, cfg, n, generator(1), trace=trace)
-    assert info == dict(nfe=3) and [t[0] for t in trace] == [0, 1, 2, 3]
-    _, seen, _, ids, logp = trace[0]
-    assert ids.shape == (n, 40, 5) and (seen == 50).all()
-    assert torch.allclose(logp[..., :-1], torch.tensor(-math.log(50)))
-    assert torch.allclose(logp[..., -1], torch.tensor(math.log(0.9)))
-    assert stats.chisquare(ids.flatten().bincount(minlength=50)).pvalue > 1e-3
+    about k / V; one evaluation a step, 25 by default."""
+    (model, cfg), n = original(num_steps=3), 250
+    x, nfe, _, ids, logp = film(model, cfg, n)
+    assert nfe == (0, 1, 2, 3) and ids.shape == (4, n, 40, 5)
+    assert torch.allclose(logp[0, ..., :-1], torch.tensor(-math.log(50)))
+    assert torch.allclose(logp[0, ..., -1], torch.tensor(math.log(0.9)))
+    assert stats.chisquare(ids[0].flatten().bincount(minlength=50)).pvalue > 1e-3
     text = torch.randint(50, (n, 40), generator=generator(2))
-    among, want = (ids == text[..., None]).any(2).double().mean(), 1 - (1 - 1 / 50) ** 5
+    among, want = (ids[0] == text[..., None]).any(2).double().mean(), 1 - (1 - 1 / 50) ** 5
     assert abs(among - want) < 4.5 * (want * (1 - want) / text.numel()) ** 0.5
-    assert abs(want - 5 / 50) < 0.005
-    assert torch.equal(trace[-1][1], x) and x.max() < 50
+    assert draw(model, dataclasses.replace(cfg, num_steps=0), 2, sample=lab.sample)[1] == 25
 
 
-def test_the_original_sampler_feeds_back_the_likeliest_tokens():
-    """Every state is the top k of the answer to the one before, tempered, never noised again."""
+def test_the_original_sampler_feeds_back_the_most_likely_tokens():
+    """Every state is the top k of the prediction before, tempered, never noised again."""
     for temperature in (1.0, 0.5):
-        (model, cfg), trace, seen = original(sampling_steps=4, temperature=temperature), [], []
+        (model, cfg), seen = original(num_steps=4, temperature=temperature), []
         for p in model.parameters():
             p.data += 0.3 * torch.randn(p.shape, generator=generator(1))
         model.register_forward_hook(lambda m, args, out: seen.append((args, out)))
-        x, _ = sdd.sample(model, cfg, 3, generator(1), trace=trace)
-        for ((ids, logp), out), (_, _, _, after, told) in zip(seen, trace[1:]):
-            law = (out / temperature).log_softmax(2)
-            best = law.sort(2, descending=True)
-            assert torch.equal(best.indices[..., :5], after)
-            assert torch.allclose(best.values[..., :5], told[..., :-1], atol=1e-5)
-        assert torch.equal(x, after[..., 0])
-        for (args, _), frame in zip(seen, trace):
-            assert all(torch.equal(a, b) for a, b in zip(args, frame[3:]))
-        again, _ = sdd.sample(model, cfg, 3, generator(1))
-        assert torch.equal(again, x)
+        x, _, _, ids, logp = film(model, cfg, 3)
+        for i, ((shown, told), out) in enumerate(seen):
+            assert torch.equal(shown, ids[i]) and torch.equal(told, logp[i])
+            best = (out / temperature).log_softmax(2).sort(2, descending=True)
+            after = ids[i + 1] if i < 3 else x[..., None]
+            assert torch.equal(best.indices[..., :after.shape[2]], after)
+            assert i == 3 or torch.allclose(best.values[..., :5], logp[i + 1, ..., :-1], atol=1e-5)
