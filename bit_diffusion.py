@@ -10,26 +10,27 @@ same codes, but Gaussian noise. lab/bit_variants.py: bit head with BCE, mixtures
     python bit_diffusion.py eval    the bound on the test split, samples
     python lab/bit_variants.py --head bit       predict clean bits, BCE: K outputs, not V
 
-Equations. C (V, K) holds a code of +-1 for each token, K = ceil(log2 V).
-    (E1)  forward process: each bit of b_i is that of C[x_0,i] with probability (1 + a_i) / 2, else
-          flipped; a is the agreement, lam = ln((1 + a) / (1 - a)) the log-odds of a bit to be right
-    (E2)  each position has its own time t_i = clamp((t - tau_i) / w, 0, 1), and a_i = a(t_i) falls
-          from 1 to 0; w = 1: the same for all, the usual process; w -> 0: one token after another
-    (E3)  self-likelihood: log q(b_i | v) = 1/2 lam_i b_i.C_v + const, v any token
-    (E4)  p_i = softmax(net_i(b) + log q(b_i | .)), by Bayes' rule
+Equations. C (V, K) holds a code of +-1 for each token, K = ceil(log2 V); row C_v is token v's.
+    (E1)  forward process: bit k of b_i (position i) is that of b_0,i = C[x_0,i] with probability
+          (1 + a_i) / 2, else flipped; lam_i = ln((1 + a_i) / (1 - a_i)) is the log-odds of that
+    (E2)  own time of a position t_i = clamp((t - tau_i) / w, 0, 1), tau_i in [0, 1 - w], and a_i =
+          a(t_i) falls from 1 to 0; w = 1: the usual process; w -> 0: one token after another
+    (E3)  self-likelihood: log q(b_i | v) = 1/2 lam_i b_i.C_v + const, the same for all v
+    (E4)  p_i = softmax(net_i(b) + log q(b_i | .)), net_i like a log prior
     (E5)  log-odds of bit k to be +1: l_k = ln sum_{v: C_vk = 1} p_v - ln sum_{v: C_vk = -1} p_v
-    (E6)  -log p(x_0) <= NELBO, for any tau: 1/2 sum_i int d lam_i / sinh(lam_i) E sum_k [s^ - s +
-          s ln(s / s^)], s = exp(-lam b_t b_0), s^ its mean under (E5); there is no other term: at
-          lam = 0 nothing is known, at lam = infinity everything
+    (E6)  -log p(x_0) <= NELBO, any tau: sum_i int_0^inf d lam_i / (2 sinh lam_i) E_b sum_k [R^ - R
+          + R ln(R / R^)], the score entropy of SEDD (Lou et al. 2024) for this flip rate, R =
+          exp(-lam b b_0) = q(-b | b_0) / q(b | b_0), R^ = sigmoid(l b) exp(-lam) + sigmoid(-l b)
+          exp(lam) its mean under (E5); no other term, as a = 0 at the end and 1 at the start
     (E7)  posterior q(b_s != b_t | b_t, b_0) = (1 - r) (1 - a_s y) / (2 (1 + a_t y)), y = b_t b_0,
           r = a_t / a_s
-    (E8)  reverse step: a token v ~ p_i, then each bit from (E7) with C_v in place of C[x_0,i]
+    (E8)  reverse step: a token v ~ p_i, then each bit from (E7) with C_v in place of b_0,i
 
-Shapes: B rows, T tokens, V vocabulary, K bits, C width, H heads, D = C / H. Units: nats. Every
-position of a row is scored, also the EOS that fill it up. g draws all noise.
+Shapes: B rows, T tokens, V vocabulary, K bits, H heads, D = C / H, C width (the codes in equations).
+Units: nats. Every position of a row is scored, also EOS padding. g: the CPU generator of all noise.
 
-Differs from D3PM: (E4) adds the self-likelihood exactly, positions have their own times (E2), and a
-step mixes posteriors (E8): the mean bit in Bayes' formula would count b_t twice (notebook 04).
+Differs from D3PM: own times (E2); a step mixes posteriors (E8): the mean of b_0 in (E7) would count
+b_t twice (notebook 04).
 """
 import copy
 import math
@@ -78,13 +79,13 @@ class Config:
     eval_every: int = 200  # steps between evaluations and checkpoints
     # method
     schedule: Literal["quadratic", "cosine", "linear"] = "quadratic"  # of a(t), see SCHEDULES
-    noise_window: float = 0.1  # w, share of the path from first noise to pure noise (E2)
-    # sampling; the bound is for --order random --num-steps 0 --temperature 1
+    noise_window: float = 0.1  # w, time from a position's first noise to pure noise (E2), of 1
+    # sampling; the bound is for --order random --temperature 1 in the limit of many --num-steps
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "Once ___ a ___3 who": one token and three are wanted, then the end
     trace: bool = False  # print the trajectory of the first sample
-    num_steps: int = 64  # NFE, network evaluations; 0 = one step per token
+    num_steps: int = 64  # NFE, network evaluations; 0 = as many as the row has tokens
     order: Literal["random", "l2r", "maxprob"] = "maxprob"  # which position is denoised first
     temperature: float = 0.3  # below 1: safer, less diverse; 0: the most likely token
     top_k: int = 0  # keep the k most likely tokens; 0 = all
@@ -201,7 +202,7 @@ CLEAN = 40.0  # lam of a clean position: a bit of it is wrong with probability b
 class Model(nn.Module):
     """Bidirectional transformer: noisy bits (B, T, K) of +-1 and their log-odds lam (B, T) to be
     right -> logits (B, T, V) of (E4), or (n, V) at the n positions of a boolean `is_target` (B, T).
-    It is not told lam otherwise: the self-likelihood shows it."""
+    It has no time embedding: it sees lam through the self-likelihood (E3)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -267,7 +268,7 @@ def position_times(shape, cfg, g, is_given=None):
 
 
 def noise_levels(t, tau, cfg):
-    """Times t (B, 1), tau (B, T) -> each position's log-odds lam, CLEAN for a clean one and 0 for
+    """Times t (B, 1) or a number, tau (B, T) -> log-odds lam, CLEAN for a clean position and 0 for
     pure noise, and -d lam / dt, 0 for these two: (B, T) each."""
     own = ((t - tau) / cfg.noise_window).clamp(0, 1).double()  # (E2)
     lost, slope = (curve(own) for curve in SCHEDULES[cfg.schedule])  # 1 - a
@@ -292,9 +293,9 @@ def nelbo_integrand(odds, bits, clean, lam):
     """Nats per unit of lam, (n,), float64: the network's log-odds of each bit, the noisy bits and
     the clean ones, (n, K) each, and their lam (n,)."""
     lam = lam.double()[:, None]
-    log_s = -lam * bits * clean
-    log_s_hat = torch.logaddexp(F.logsigmoid(bits * odds) - lam, F.logsigmoid(-bits * odds) + lam)
-    cost = log_s_hat.exp() + log_s.exp() * (log_s - log_s_hat - 1)
+    log_r = -lam * bits * clean
+    log_r_hat = torch.logaddexp(F.logsigmoid(bits * odds) - lam, F.logsigmoid(-bits * odds) + lam)
+    cost = log_r_hat.exp() + log_r.exp() * (log_r - log_r_hat - 1)
     return (cost / (2 * lam.sinh())).sum(1)  # (E6)
 
 
@@ -311,8 +312,8 @@ def corrupt(x0, cfg, g):
 
 
 def loss_fn(model, x0, bits, lam, weight):
-    """Cross-entropy of the noisy tokens. Not the NELBO: at equal steps it leads to a lower one. A
-    sum, so that the losses of micro-batches add up."""
+    """Cross-entropy of the noisy tokens; BCE of bits is in lab/bit_variants.py. Not the NELBO (E6):
+    at equal steps it leads to a lower one. A sum, so that the losses of micro-batches add up."""
     is_noisy = weight > 0
     logits = model(bits, lam, is_noisy)
     return (F.cross_entropy(logits, x0[is_noisy], reduction="none") * weight[is_noisy]).sum()
@@ -375,17 +376,17 @@ def reassign_times(tau, is_waiting, score):
 
 
 def flip_probability(lam_t, lam_s, y):
-    """(E7): the probability that a bit changes from lam_t up to lam_s > lam_t, both (...), if it is
+    """(E7): the probability that a bit changes from lam_t up to lam_s > lam_t, (n, 1), if it is
     right at first, y = 1, or wrong, y = -1; float64. Without differences of numbers near one:
-    1 + a y = 2 sigmoid(y lam), 1 - r = sinh((lam_s - lam_t) / 2) / (sinh(lam_s / 2) cosh(...))."""
+    1 + a y = 2 sigmoid(y lam), 1 - r = sinh((s - t) / 2) / (sinh(s / 2) cosh(t / 2)), s = lam_s."""
     t, s = lam_t.double(), lam_s.double()
-    lost = ((s - t) / 2).sinh() / ((s / 2).sinh() * (t / 2).cosh())  # 1 - r
-    return (lost * (-y * s).sigmoid() / (2 * (y * t).sigmoid())).clamp(max=1)  # (E7)
+    jump = ((s - t) / 2).sinh() / ((s / 2).sinh() * (t / 2).cosh())  # 1 - r
+    return (jump * (-y * s).sigmoid() / (2 * (y * t).sigmoid())).clamp(max=1)  # (E7)
 
 
 def predict_x0(model, logits, bits, lam, cfg, g):
-    """Codes (n, K) of tokens drawn from logits (n, V). Temperature, top-k and top-p act on what the
-    context says; the self-likelihood is an observation."""
+    """Codes (n, K) of tokens drawn from logits (n, V). The temperature divides net_i alone, not the
+    self-likelihood, an observation; top-k and top-p cut the sum of the two."""
     logits = logits + (cfg.temperature - 1) * model.self_likelihood(bits, lam)
     return model.codes[categorical(filter_logits(logits, cfg), g)]  # (E8)
 
@@ -393,8 +394,8 @@ def predict_x0(model, logits, bits, lam, cfg, g):
 @torch.no_grad()
 def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict_x0=predict_x0):
     """The reverse process: positions of x (B, T) with the mask id V become tokens, all else is
-    given. Returns x and NFE. on_step(nfe, x) may see x, V where a code is more likely wrong than
-    right."""
+    given. Returns x and NFE. on_step(nfe, ids) sees decoded bits, V where they are more likely wrong
+    than right."""
     x, V, nfe, device = x.clone(), cfg.vocab_size, 0, x.device
     is_given = x != V
     bits = q_sample(model.codes[x.masked_fill(~is_given, 0)], is_given * CLEAN, g)
@@ -439,7 +440,7 @@ def get_lr(step, cfg):
 
 def make_optimizers(model, cfg):
     """Muon for the matrices inside the blocks, AdamW for the rest. A group's rate is `scale` times
-    the scheduled one: embeddings want ten times as much, head and gains three (see LOG.md)."""
+    the scheduled one: embeddings want ten times as much, the others three (see LOG.md)."""
     hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
     embed = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     rest = [p for p in model.parameters() if not any(p is other for other in hidden + embed)]

@@ -218,7 +218,7 @@ class Model(nn.Module):
         nn.init.normal_(self.emb.weight)
 
     def embeddings(self):
-        """E (V, d): cross-entropy keeps the rows apart, norm 1 keeps them from outgrowing the noise."""
+        """E (V, d): cross-entropy keeps rows apart, norm 1 keeps them from outgrowing the noise."""
         return F.normalize(self.emb.weight, dim=1)
 
     def self_likelihood(self, z, lam):
@@ -381,8 +381,8 @@ def posterior(lam_t, lam_s):
 
 
 def predict_x0(model, logits, z, lam, cfg, g):
-    """Embeddings (n, d) of tokens drawn from logits (n, V). The temperature divides net_i alone, not
-    the self-likelihood, an observation; top-k and top-p cut the sum of the two."""
+    """Embeddings (n, d) of tokens drawn from logits (n, V). The temperature divides net_i alone,
+    not the self-likelihood, an observation; top-k and top-p cut the sum of the two."""
     logits = logits + (cfg.temperature - 1) * model.self_likelihood(z, lam)
     return model.embeddings()[categorical(filter_logits(logits, cfg), g)]  # (E7)
 
@@ -441,7 +441,7 @@ def get_lr(step, cfg):
 
 def make_optimizers(model, cfg):
     """Muon for the matrices inside the blocks, AdamW for the rest. A group's rate is `scale` times
-    the scheduled one: embeddings want ten times as much, head and gains three (see LOG.md)."""
+    the scheduled one: embeddings want ten times as much, the others three (see LOG.md)."""
     hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
     embed = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     rest = [p for p in model.parameters() if not any(p is other for other in hidden + embed)]

@@ -351,7 +351,7 @@ def get_lr(step, cfg):
 
 def make_optimizers(model, cfg):
     """Muon for the matrices inside the blocks, AdamW for the rest. A group's rate is `scale` times
-    the scheduled one: embeddings want ten times as much, head and gains three (see LOG.md)."""
+    the scheduled one: embeddings want ten times as much, the others three (see LOG.md)."""
     hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
     embed = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     rest = [p for p in model.parameters() if not any(p is other for other in hidden + embed)]

@@ -506,8 +506,9 @@ def test_the_truth_is_always_among_all_candidates():
     dict(), REMASK | dict(temperature=0.5), dict(order="maxprob"),
     dict(attention="full", guidance=0.7, **REMASK), dict(sampler="deterministic", noise_window=1.0),
     dict(attention="full", sampler="ancestral"), dict(sampler="deterministic", **REMASK),
-    dict(k=1, add_likelihood="state", order="l2r"), dict(add_likelihood="none", temperature=0, k=99),
-    dict(candidates="posterior", guidance=0.5, **REMASK), dict(top_k=2, top_p=0.9)], ids=str)
+    dict(k=1, add_likelihood="state", order="l2r"), dict(k=99, add_likelihood="none"),
+    dict(k=99, temperature=0), dict(candidates="posterior", guidance=0.5, **REMASK),
+    dict(top_k=2, top_p=0.9)], ids=str)
 def test_a_network_of_the_script_samples_with_every_setting(change):
     """Ids within the vocabulary, the prompt kept, under autocast too; a seed fixes the samples."""
     torch.manual_seed(0)
