@@ -26,7 +26,7 @@ Equations. C (V, K) holds a code of +-1 for each token, K = ceil(log2 V); row C_
           r = a_t / a_s
     (E8)  reverse step: a token v ~ p_i, then each bit from (E7) with C_v in place of b_0,i
 
-Shapes: B rows, T tokens, V vocabulary, K bits, H heads, D = C / H, C width (the codes in equations).
+Shapes: B rows, T tokens, V vocabulary, K bits, H heads, D = C / H; C is the width in the model.
 Units: nats. Every position of a row is scored, also EOS padding. g: the CPU generator of all noise.
 
 Differs from D3PM: own times (E2); a step mixes posteriors (E8): the mean of b_0 in (E7) would count
@@ -87,7 +87,7 @@ class Config:
     trace: bool = False  # print the trajectory of the first sample
     num_steps: int = 64  # NFE, network evaluations; 0 = as many as the row has tokens
     order: Literal["random", "l2r", "maxprob"] = "maxprob"  # which position is denoised first
-    temperature: float = 0.3  # below 1: safer, less diverse; 0: the most likely token
+    temperature: float = 0.3  # below 1: safer, less diverse; 0: most likely by context
     top_k: int = 0  # keep the k most likely tokens; 0 = all
     top_p: float = 1.0  # keep the most likely tokens that hold this much probability
     # set by the data
@@ -313,7 +313,7 @@ def corrupt(x0, cfg, g):
 
 def loss_fn(model, x0, bits, lam, weight):
     """Cross-entropy of the noisy tokens; BCE of bits is in lab/bit_variants.py. Not the NELBO (E6):
-    at equal steps it leads to a lower one. A sum, so that the losses of micro-batches add up."""
+    trained on this, the NELBO ends lower. A sum, so that the losses of micro-batches add up."""
     is_noisy = weight > 0
     logits = model(bits, lam, is_noisy)
     return (F.cross_entropy(logits, x0[is_noisy], reduction="none") * weight[is_noisy]).sum()
@@ -322,7 +322,7 @@ def loss_fn(model, x0, bits, lam, weight):
 @torch.no_grad()
 def nelbo(model, x0, cfg, g, K=8, is_given=None):
     """Upper bound (E6) on -log p(x0) in nats per row, (B,), estimated without bias from K times,
-    stratified with a random offset per row. With a boolean `is_given` (B, T) it bounds -log p(the
+    evenly spaced from a random offset per row. With a boolean `is_given` (B, T) it bounds -log p(the
     other tokens | those)."""
     (B, T), device = x0.shape, x0.device
     is_given = torch.zeros(B, T, dtype=torch.bool) if is_given is None else is_given.cpu()
@@ -394,8 +394,7 @@ def predict_x0(model, logits, bits, lam, cfg, g):
 @torch.no_grad()
 def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict_x0=predict_x0):
     """The reverse process: positions of x (B, T) with the mask id V become tokens, all else is
-    given. Returns x and NFE. on_step(nfe, ids) sees decoded bits, V where they are more likely wrong
-    than right."""
+    given. Returns x and NFE. on_step(nfe, ids) sees decoded bits, V where one is likely wrong."""
     x, V, nfe, device = x.clone(), cfg.vocab_size, 0, x.device
     is_given = x != V
     bits = q_sample(model.codes[x.masked_fill(~is_given, 0)], is_given * CLEAN, g)

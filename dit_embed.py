@@ -85,7 +85,7 @@ class Config:
     trace: bool = False  # print the trajectory of the first sample
     num_steps: int = 64  # steps, one NFE each and one for the end; 0 = one step per token
     order: Literal["random", "l2r", "maxprob"] = "maxprob"  # which position is denoised first
-    temperature: float = 0.5  # below 1: safer, less diverse; 0: the most likely token
+    temperature: float = 0.5  # below 1: safer, less diverse; 0: most likely by context
     top_k: int = 0  # keep the k most likely tokens; 0 = all
     top_p: float = 1.0  # keep the most likely tokens that hold this much probability
     # set by the data
@@ -301,8 +301,8 @@ def corrupt(x0, cfg, g):
 
 
 def loss_fn(model, x0, lam, eps, weight):
-    """Cross-entropy of the noisy tokens. Not the NELBO: at equal steps it leads to a lower one. A
-    sum, so that the losses of micro-batches add up."""
+    """Cross-entropy of the noisy tokens, not the NELBO: trained on it, the NELBO ends lower. A sum,
+    so that the losses of micro-batches add up."""
     is_noisy = weight > 0
     logits = model(q_sample(model.embeddings()[x0], lam, eps), lam, is_noisy)
     return (F.cross_entropy(logits, x0[is_noisy], reduction="none") * weight[is_noisy]).sum()

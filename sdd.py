@@ -10,24 +10,24 @@ says why it cannot generate: only in training is the answer among the candidates
     python sdd.py sample --infill "Once upon a ___ there was ___"
     python sdd.py eval          the bound on the test split, samples
 
-Equations. prec_i >= 0 is the precision of position i; e_v the one-hot vector of token v.
+Equations. prec_i >= 0: precision of position i, the SNR of z_i; e_v: the one-hot vector of token v.
     (E1)  forward process: z_i = prec_i e_x + sqrt(prec_i) eps, V numbers, x = x_0,i: observations
           of x add up as precision grows, Brownian motion with drift e_x
-    (E2)  self-likelihood: log q(z_i | v) = z_i,v + const, so softmax(z_i) = p(x_0,i | z_i), every
-          token alike before
+    (E2)  self-likelihood: log q(z_i | v) = z_i,v + const, the same for all v, so softmax(z_i) =
+          p(x_0,i | z_i) under a uniform prior over tokens
     (E3)  state_i: the k largest of softmax(z_i) as (token, log p), and the log of the other mass
-    (E4)  each position has its own time t_i = clamp((t - tau_i) / w, 0, 1); prec(t_i) falls from
-          infinity to 0; w = 1: the same for all; w -> 0: masked diffusion in random order
-    (E5)  p_i = softmax(net_i(states) + z_i), by Bayes' rule; the network sees states alone
+    (E4)  own time of a position t_i = clamp((t - tau_i) / w, 0, 1), tau_i in [0, 1 - w], and prec_i
+          = -max(8, 2 ln V) ln t_i; w = 1: the same for all; w -> 0: masked diffusion
+    (E5)  p_i = softmax(net_i(states) + z_i), net_i like a log prior
     (E6)  -log p(x_0) <= NELBO = 1/2 sum_i int E |e_x - p_i|^2 d prec_i, for any tau; there is no
           other term: at prec = 0 nothing is known, at infinity everything
-    (E7)  reverse step, a = prec_s - prec_t: z_s = z_t + a h + sqrt(a) xi; sampler token: h = e_v,
-          v ~ p; ancestral: h = p; deterministic: z_s = prec_s p + sqrt(prec_s / prec_t) z' with
-          z' = z_t - prec_t p
+    (E7)  reverse step to s < t, a = prec_s - prec_t: z_s = z_t + a h + sqrt(a) xi; sampler token:
+          h = e_v, v ~ p; ancestral: h = p; deterministic: z_s = prec_s p + sqrt(prec_s / prec_t)
+          (z_t - prec_t p), and from prec_t = 0: prec_s p + sqrt(prec_s) xi
     (E8)  remasking, prec_s < prec_t: z_s = r z_t + sqrt(prec_t r (1 - r)) xi, r = prec_s / prec_t
 
 Shapes: B rows, T tokens, V vocabulary, K candidates, C width, H heads, D = C / H. Units: nats.
-Every position of a row is scored, also the EOS that fill it up. g draws all noise.
+Every position of a row is scored, also EOS padding. g: the CPU generator of all noise.
 
 Differs from the original: forward process, bound, self-likelihood, own times, remasking.
 """
@@ -78,17 +78,17 @@ class Config:
     eval_every: int = 200  # steps between evaluations and checkpoints
     # method
     k: int = 8  # candidates of a position (E3)
-    noise_window: float = 0.1  # w, share of the path from clean to nothing known (E4)
-    # sampling; the bound is for --sampler token --order random --num-steps 0 --temperature 1
+    noise_window: float = 0.1  # w, time in which a position goes from clean to unknown (E4), of 1
+    # sampling; the bound: --sampler token --order random --remask none --temperature 1, many steps
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "Once ___ a ___3 who": one token and three are wanted, then the end
     trace: bool = False  # print the trajectory of the first sample
-    num_steps: int = 32  # NFE, network evaluations; 0 = one step per token
+    num_steps: int = 32  # NFE, network evaluations; 0 = as many as the row has tokens
     sampler: Literal["token", "ancestral", "deterministic"] = "deterministic"  # reverse step (E7)
     order: Literal["random", "l2r", "maxprob"] = "maxprob"  # which position is denoised first
-    remask: Literal["none", "conf"] = "conf"  # clean tokens become noisy again, improbable first
-    temperature: float = 0.2  # below 1: safer, less diverse; 0: the most likely token
+    remask: Literal["none", "conf"] = "conf"  # redraw clean tokens, improbable ones more often
+    temperature: float = 0.2  # below 1: safer, less diverse; 0: most likely by context
     top_k: int = 0  # keep the k most likely tokens; 0 = all
     top_p: float = 1.0  # keep the most likely tokens that hold this much probability
     # set by the data
@@ -212,16 +212,16 @@ class Model(nn.Module):
                 nn.init.normal_(p, std=0.02)
 
     def embed(self, ids, logp):
-        """A state as one vector, (B, T, C): sum_j p_j (e_j + a function of log p_j) over the
-        candidates and the other mass, which has no embedding."""
+        """A state as one vector, (B, T, C): e_0 of the first candidate if clean, 0 if unknown, else
+        sum_j p_j (e_j + f(log p_j)) over the candidates and the other mass, whose e is 0."""
         is_clean = logp[..., 0] == 0
-        is_noisy = ~is_clean & (logp[..., -1] < 0)
+        is_between = ~is_clean & (logp[..., -1] < 0)
         x = torch.zeros(*is_clean.shape, self.wpe.embedding_dim, device=ids.device)
         x[is_clean] = self.wte(ids[is_clean][:, 0])
-        logp = logp[is_noisy]  # (n, K + 1)
-        slots = F.pad(self.wte(ids[is_noisy]), (0, 0, 0, 1))
+        logp = logp[is_between]  # (n, K + 1)
+        slots = F.pad(self.wte(ids[is_between]), (0, 0, 0, 1))
         slots = slots + self.logp_head(F.gelu(self.logp_in(logp.clamp(min=-20)[..., None] / 10)))
-        x[is_noisy] = (logp.exp()[:, None] @ slots)[:, 0].to(x.dtype)
+        x[is_between] = (logp.exp()[:, None] @ slots)[:, 0].to(x.dtype)
         return x
 
     def forward(self, ids, logp, is_target=None):
@@ -256,7 +256,7 @@ def position_times(shape, cfg, g, is_given=None):
 
 
 def noise_levels(t, tau, cfg):
-    """Times t (B, 1), tau (B, T) -> each position's precision, CLEAN for a clean one and 0 where
+    """Times t (B, 1) or a number, tau (B, T) -> precision, CLEAN for a clean position and 0 where
     nothing is known, and -d prec / dt, 0 for these two: (B, T) each."""
     own = ((t - tau) / cfg.noise_window).clamp(0, 1).double()  # (E4)
     unit = max(8.0, 2 * math.log(cfg.vocab_size))  # a token alone is lost near prec = 2 ln V
@@ -295,8 +295,8 @@ def input_state(x, prec, z, k):
 def predict(model, x, prec, z, is_target):
     """Logits (m, V) of (E5) where `is_target`, and their self-likelihood; inputs: input_state."""
     net = model(*input_state(x, prec, z, model.k), is_target)
-    own, is_noisy = torch.zeros_like(net), between(prec)
-    own[is_noisy[is_target]] = z[is_target[is_noisy]]
+    own, is_between = torch.zeros_like(net), between(prec)
+    own[is_between[is_target]] = z[is_target[is_between]]
     return net + own, own  # (E5)
 
 
@@ -322,8 +322,8 @@ def corrupt(x0, cfg, g, noise_levels=noise_levels):
 
 
 def loss_fn(model, x0, prec, eps, weight):
-    """Cross-entropy of the noisy tokens. Not the NELBO: at equal steps it leads to a lower one. A
-    sum, so that the losses of micro-batches add up."""
+    """Cross-entropy of the noisy tokens, not the NELBO: trained on it, the NELBO ends lower. A sum,
+    so that the losses of micro-batches add up."""
     is_noisy, count = weight > 0, between(prec).sum(1)
     eps = eps[torch.arange(eps.shape[1], device=eps.device) < count[:, None]]  # (n, V)
     z = q_sample(x0[between(prec)], prec[between(prec)], eps)
@@ -334,7 +334,7 @@ def loss_fn(model, x0, prec, eps, weight):
 @torch.no_grad()
 def nelbo(model, x0, cfg, g, K=8, is_given=None, predict=predict, noise_levels=noise_levels):
     """Upper bound (E6) on -log p(x0) in nats per row, (B,), estimated without bias from K times,
-    stratified with a random offset per row. With a boolean `is_given` (B, T) it bounds -log p(the
+    evenly spaced from a random offset per row. With a boolean `is_given` (B, T) it bounds -log p(the
     other tokens | those)."""
     (B, T), device = x0.shape, x0.device
     is_given = torch.zeros(B, T, dtype=torch.bool) if is_given is None else is_given.cpu()
@@ -391,7 +391,7 @@ def reassign_times(tau, is_waiting, score):
 def sampler_step(z, prec_t, prec_s, h, xi, sampler):
     """z (n, V) from precision prec_t (n,) to prec_s (n,): up, towards h (n, V), or down, to what
     fewer observations would have shown. xi (n, V): standard normal."""
-    t, s = prec_t[:, None], prec_s[:, None]
+    t, s = prec_t[:, None], prec_s[:, None]  # precisions, not times
     if sampler == "deterministic":  # from nothing known: one noise for the whole path
         up = s * h + torch.where(t > 0, (s / t).sqrt() * (z - t * h), s.sqrt() * xi)  # (E7)
     else:
@@ -421,11 +421,11 @@ def sample(model, x, cfg, g, on_step=lambda *_: None, predict=predict, noise_lev
         logits, own = predict(model, x, prec, z[between(prec)], is_target)
         nfe += 1
         # 2. choose positions, the most confident first: of those of which nothing is known, or with
-        #    remasking of all: noisy ones first, then clean ones by chance, improbable tokens last
+        #    remasking of all: noisy ones first, so in the first half each clean token is redrawn
         if cfg.order == "maxprob":
             conf[is_target] = (logits.amax(1) - logits.logsumexp(1)).exp()
             score = conf
-            if cfg.remask == "conf":  # Gumbel noise + log weight: a draw by the weights exp(-p)
+            if cfg.remask == "conf":  # clean: largest gumbel - p goes first, p when it was drawn
                 gumbel = -(-torch.rand(x.shape, generator=g).to(device).log()).log()
                 score = torch.where(prec < CLEAN, 1000 + conf, conf - gumbel)
             is_waiting = ~is_given if cfg.remask == "conf" else prec == 0
@@ -433,12 +433,12 @@ def sample(model, x, cfg, g, on_step=lambda *_: None, predict=predict, noise_lev
             prec_s = noise_levels((k - 1) / steps, tau, cfg)[0]
             keep, is_target = (prec_s > prec)[is_target], prec_s > prec
             logits, own = logits[keep], own[keep]
-        # 3. draw: temperature, top-k and top-p act on what the context says, own is an observation
-        p = filter_logits(logits + (cfg.temperature - 1) * own, cfg)
-        tokens = p.argmax(1) if cfg.sampler == "deterministic" else categorical(p, g)
+        # 3. draw: temperature scales net only, own is an observation; top-k and top-p cut the sum
+        kept = filter_logits(logits + (cfg.temperature - 1) * own, cfg)
+        tokens = kept.argmax(1) if cfg.sampler == "deterministic" else categorical(kept, g)
         h = F.one_hot(tokens, V).to(z)
         if cfg.sampler != "token":  # where prec_s is clean z becomes a token
-            h = torch.where((prec_s[is_target] >= CLEAN)[:, None], h, p.softmax(1))
+            h = torch.where((prec_s[is_target] >= CLEAN)[:, None], h, kept.softmax(1))
         conf[is_target] = logits.softmax(1).gather(1, tokens[:, None])[:, 0]
         x[is_target] = tokens
         # 4. steps up, and down where a position has to wait again
