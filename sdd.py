@@ -334,7 +334,7 @@ def loss_fn(model, x0, prec, eps, weight):
 @torch.no_grad()
 def nelbo(model, x0, cfg, g, K=8, is_given=None, predict=predict, noise_levels=noise_levels):
     """Upper bound (E6) on -log p(x0) in nats per row, (B,), estimated without bias from K times,
-    evenly spaced from a random offset per row. With a boolean `is_given` (B, T) it bounds -log p(the
+    evenly spaced from an offset per row. With a boolean `is_given` (B, T) it bounds -log p(the
     other tokens | those)."""
     (B, T), device = x0.shape, x0.device
     is_given = torch.zeros(B, T, dtype=torch.bool) if is_given is None else is_given.cpu()
