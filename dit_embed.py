@@ -198,7 +198,7 @@ class Model(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.range = logsnr_range(cfg)
+        self.high, self.low = logsnr_range(cfg)
         self.emb = nn.Embedding(cfg.vocab_size, cfg.emb_dim)  # what gets the noise
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)  # what the network sees of it
         self.wpe = nn.Embedding(cfg.seq_len, cfg.n_embd)
@@ -222,19 +222,22 @@ class Model(nn.Module):
         return F.normalize(self.emb.weight, dim=1)
 
     def self_likelihood(self, z, lam):
-        """log q(z | v) + const for each token v: (..., d), (...) -> (..., V). In float32 also under
-        autocast: it may be in the hundreds, and its differences count."""
+        """log q(z | v) + const for each token v: (..., d), (...) -> (..., V). It may be in the
+        hundreds and its differences count: float32 also under autocast, as x0_hat."""
         snr = lam.exp()[..., None]
         with torch.autocast(z.device.type, enabled=False):
             return (snr * (1 + snr)).sqrt() * z @ self.embeddings().T  # (E3)
 
+    def x0_hat(self, logits):  # (..., V) -> (..., d)
+        with torch.autocast(logits.device.type, enabled=False):
+            return logits.softmax(-1) @ self.embeddings()  # (E4)
+
     def embed(self, z, lam):
         """What the network sees of each position, (B, T, C): the mean of wte under softmax of the
         self-likelihood; zero for pure noise, one token's embedding where z is clean."""
-        high, low = self.range
         x = torch.zeros(*lam.shape, self.wte.embedding_dim, device=z.device)
-        is_clean = lam >= high - 1e-3
-        is_noisy = (lam > low + 1e-3) & ~is_clean
+        is_clean = lam >= self.high - 1e-3
+        is_noisy = (lam > self.low + 1e-3) & ~is_clean
         p = self.self_likelihood(z[is_noisy], lam[is_noisy]).softmax(1)
         x[is_noisy] = (p @ self.wte.weight).to(x.dtype)
         x[is_clean] = self.wte(self.self_likelihood(z[is_clean], lam[is_clean]).argmax(1))
@@ -242,9 +245,8 @@ class Model(nn.Module):
 
     def embed_noise(self, lam):
         """Log-SNR (n,) -> (n, C): sinusoids of 1000 times the time, a linear layer, SiLU."""
-        high, low = self.range
         freq = 10000 ** (-torch.arange(64, device=lam.device) / 64)
-        angle = 1000 * ((high - lam) / (high - low))[:, None] * freq
+        angle = 1000 * ((self.high - lam) / (self.high - self.low))[:, None] * freq
         return F.silu(self.noise_in(torch.cat((angle.cos(), angle.sin()), 1)))
 
     def forward(self, z, lam, is_target=None):
@@ -301,8 +303,7 @@ def corrupt(x0, cfg, g):
 
 
 def loss_fn(model, x0, lam, eps, weight):
-    """Cross-entropy of the noisy tokens, not the NELBO: trained on it, the NELBO ends lower. A sum,
-    so that the losses of micro-batches add up."""
+    """Sum of weight * cross-entropy. Not the NELBO, which ends lower when this is trained."""
     is_noisy = weight > 0
     logits = model(q_sample(model.embeddings()[x0], lam, eps), lam, is_noisy)
     return (F.cross_entropy(logits, x0[is_noisy], reduction="none") * weight[is_noisy]).sum()
@@ -332,8 +333,7 @@ def nelbo(model, x0, cfg, g, K=8, is_given=None):
             if k == K:  # reconstruction
                 cost = F.cross_entropy(logits, x[target], reduction="none")
             else:  # diffusion: d snr = snr d lam
-                with torch.autocast(device.type, enabled=False):
-                    error = (logits.softmax(1) @ E - E[x][target]).square().sum(1)
+                error = (model.x0_hat(logits) - E[x[target]]).square().sum(1)
                 cost = 0.5 * lam_i[target].exp() * error
             nats[i] = nats[i].masked_scatter(is_target[i], cost.cpu().double())
         total += (nats * ((last - first) / K * slope if k < K else 1)).sum(1)  # (E5)

@@ -162,7 +162,7 @@ class Model(dit_embed.Model):
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.cfg, self.range = cfg, logsnr_range(cfg)
+        self.cfg, (self.high, self.low) = cfg, logsnr_range(cfg)
         if cfg.norm == "post":
             blocks = nn.ModuleList(PostBlock(cfg) for _ in range(cfg.n_layer))
             blocks.load_state_dict(self.blocks.state_dict())
@@ -230,8 +230,7 @@ def predict_x0_embedding(model, out, z, lam, cfg):
     """x0_hat (..., d) of the network's output (..., V) or (..., d), in float32."""
     alpha, sigma = alpha_sigma(lam)
     if cfg.prediction_type == "logits":
-        with torch.autocast(out.device.type, enabled=False):
-            return out.float().softmax(-1) @ model.embeddings()  # (E4)
+        return model.x0_hat(out.float())
     return {"eps": lambda: (z - sigma * out) / alpha,  # (V1)
             "v": lambda: alpha * z - sigma * out, "x0": lambda: out}[cfg.prediction_type]()
 

@@ -141,9 +141,9 @@ def plainly(script):
 def softmax_everywhere(model):
     """In this context a network of dit_embed.py takes no position for clean: all but pure noise go
     through the softmax over the vocabulary, as at first."""
-    kept, model.range = model.range, (model.range[0] + 1, model.range[1])
+    kept, model.high = model.high, model.high + 1
     yield
-    model.range = kept
+    model.high = kept
 
 
 def train():

@@ -230,13 +230,11 @@ def test_the_token_to_fill_is_really_masked(name):
         return canvas.masked_fill(canvas == 9, cfg.guess)
     fake = SimpleNamespace(
         __name__=name, get_eval_rows=lambda *_: (x0, None),
-        sample=(lambda model, x, cfg, g, on_step: (canvas_of(cfg, x), 1)) if name == "mdlm" else
-        (lambda model, cfg, n, g, trace, start: (canvas_of(cfg, start), dict(nfe=1))))
+        sample=lambda model, x, cfg, g, on_step=None: (canvas_of(cfg, x), 1))
     for guess in (2, 7):
         Cfg = compare.dataclasses.make_dataclass("Cfg", [
             ("guess", int, guess), ("eos", int, 0), ("vocab_size", int, 9), ("order", str, ""),
-            ("temperature", float, 1.0), ("remask", str, ""), (
-                "num_steps" if name == "mdlm" else "sampling_steps", int, 0)])
+            ("temperature", float, 1.0), ("remask", str, ""), ("num_steps", int, 0)])
         data = SimpleNamespace(test=None)
         share = compare.infill_accuracy(fake, torch.nn.Linear(1, 1), Cfg(), data, 40)
         at = (seen[-1] == 9)

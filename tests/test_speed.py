@@ -42,17 +42,17 @@ def test_plain_training_has_the_same_loss_and_gradient(name):
 def test_a_softmax_over_clean_positions_changes_nothing_but_time():
     script, asked = speed.dit_embed, []
     cfg, model, x0 = small(script)
-    high, low = model.range
+    high, low = model.high, model.low
     lam = torch.tensor([high, (high + low) / 2, low]).repeat(8, 4)
     self_likelihood = script.Model.self_likelihood
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script.Model, "self_likelihood", lambda *inputs: (
             asked.append(inputs[2].numel()), self_likelihood(*inputs))[1])
-        before = model.range
+        before = model.high
         with speed.softmax_everywhere(model):
             model(script.q_sample(model.embeddings()[x0], lam, torch.zeros(8, 12, 16)), lam)
         model(script.q_sample(model.embeddings()[x0], lam, torch.zeros(8, 12, 16)), lam)
-    assert model.range == before and asked[:2] == [64, 0] and asked[3:5] == [32, 32]
+    assert model.high == before and asked[:2] == [64, 0] and asked[3:5] == [32, 32]
 
 
 def test_a_race_calls_in_turn_and_leaves_out_the_first_rounds(monkeypatch):
