@@ -74,6 +74,9 @@ class Oracle(nn.Module):
     def embeddings(self):
         return self.E.float()
 
+    def x0_hat(self, logits):
+        return logits.softmax(-1) @ self.E.float()
+
     def likelihood(self, z, lam):
         """log N(z; alpha E_v, sigma^2) but for a constant in v: (..., V)"""
         alpha, sigma = alpha_sigma(lam)
