@@ -584,17 +584,6 @@ def judge_tales(texts):
                 nll_valid=rates["true_nll"])
 
 
-OLD_NAMES = dict(valid_stories="valid", valid_sentences="known", consistent="agree",
-                 true_nll="nll_valid", gen_nll="judge", entropy_per_doc="floor_per_doc",
-                 num_steps="sampling_steps")
-
-
-def old_rows(text):
-    """Rows of a .jsonl result under the names that the four scripts still use."""
-    return [{OLD_NAMES.get(k, k): v for k, v in json.loads(line).items()}
-            for line in text.splitlines()]
-
-
 def show_ids(ids, tokenizer):
     """Token ids -> one line of text in which every unwritten or masked position is a block."""
     text, run = "", []
