@@ -223,13 +223,17 @@ class Model(nn.Module):
     def blocks(self):
         return self.transformer.h
 
-    def hidden_states(self, idx, attention_mask=None):
-        """(B, T, C); the i-th predicts token i."""
+    def trunk(self, idx, attention_mask=None):
+        """Hidden states of BOS and the tokens: (B, 1 + T, C)."""
         idx = torch.cat((torch.full_like(idx[:, :1], self.bos), idx), 1)
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[:idx.shape[1]]
         for block in self.blocks:
             x = block(x, attention_mask)
-        return self.transformer.ln_f(x)[:, :-1]  # (E2)
+        return self.transformer.ln_f(x)
+
+    def hidden_states(self, idx, attention_mask=None):
+        """(B, T, C), shifted: the i-th predicts token i."""
+        return self.trunk(idx, attention_mask)[:, :-1]  # (E2)
 
     def forward(self, idx, is_target=None, attention_mask=None):
         h = self.hidden_states(idx, attention_mask)
@@ -277,7 +281,7 @@ def random_prompts(x, cfg, g):
     return allowed, (kind < cfg.p_prompt / 2)[:, 0].to(x.device)
 
 
-def corrupt(x0, cfg, g, step):
+def corrupt(x0, cfg, g, step, random_prompts=random_prompts):
     """The forward process: canvases x, xt and each token's weight in the loss, (B, T), and the
     attention mask of this optimizer step. n masks of N weigh N / n, and the loss is the mean over
     all tokens that may be masked. arm masks nothing and predicts all tokens up to the EOS."""
@@ -429,7 +433,7 @@ def sample_ar(model, x, cfg, g, on_step=lambda nfe, x: None):
 
 
 @torch.no_grad()
-def sample(model, x, cfg, g, on_step=lambda nfe, x: None):
+def sample(model, x, cfg, g, on_step=lambda nfe, x: None, length_dist=length_dist):
     """The reverse process: positions of x (n, T) with the id V become tokens, all else is given.
     Returns x, EOS-filled, and NFE. on_step(nfe, x) sees x before it is cut, V where masked.
     Length modes of one distribution (E5): fixed computes the whole row; truncate stops behind the
