@@ -74,6 +74,16 @@ class Model(script.Model):
         return self.trunk(idx, attention_mask)[:, 1:]
 
 
+def init_model(cfg, Model, data, device):
+    """As diffugpt_varlen.init_model; a length head is new."""
+    model = script.init_model(dataclasses.replace(cfg, head="marginal"), Model, data, device)
+    if cfg.head == "marginal":
+        return model
+    with_head = Model(cfg).to(device)
+    with_head.load_state_dict(with_head.state_dict() | model.state_dict())
+    return with_head
+
+
 def length_head_dist(model, h, m, cfg):
     """log P(L) that the length head predicts from hidden states h (B, T, C) behind prompts of m
     (B,) tokens: (B, T + 1), column T is "longer than the canvas"."""
@@ -205,7 +215,7 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None):
 
 
 def main(argv):
-    script.main(argv, Config, Model, corrupt, loss_fn, sample=sample)
+    script.main(argv, Config, Model, corrupt, loss_fn, sample=sample, init_model=init_model)
 
 
 if __name__ == "__main__":
