@@ -47,29 +47,30 @@ def plot_integrand(out, model, x0, cfg, g, K=32):
     save(figure, out / "integrand.png", axes)
 
 
-def plot_quality(out, rows, real, key="order"):
-    """quality.png: quality and diversity of samples against NFE, a line for each `key`, mean and
-    range over seeds; dashed: real text. rows, real: rows of eval.jsonl."""
+def plot_quality(out, rows, real, key="order", cost="nfe", label="NFE, network evaluations"):
+    """quality.png: quality and diversity of samples against their cost, a line for each `key`, mean
+    and range over seeds; dashed: real text. rows, real: rows of eval.jsonl."""
     names = {"valid_stories": "valid-story rate", "valid_sentences": "valid-sentence rate",
              "gen_nll": "generative NLL, nats/token", "entropy": "unigram entropy, nats"}
     names = {name: label for name, label in names.items() if rows[0].get(name) is not None}
     figure = Figure(figsize=(7, 2.3 * len(names)), layout="constrained")
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (name, label) in zip(panels, names.items()):
+    for axes, (name, title) in zip(panels, names.items()):
         for value in dict.fromkeys(row[key] for row in rows):
             points = {}
             for row in (row for row in rows if row[key] == value):
-                points.setdefault(row["nfe"], []).append(row[name])
-            x, y = [*points], [*points.values()]
+                points.setdefault(row["num_steps"], []).append((row[cost], row[name]))
+            x = [sum(c for c, _ in pairs) / len(pairs) for pairs in points.values()]
+            y = [[v for _, v in pairs] for pairs in points.values()]
             line, = axes.plot(x, [sum(v) / len(v) for v in y], marker="o", ms=4, label=value)
             axes.fill_between(x, [*map(min, y)], [*map(max, y)], alpha=0.2, lw=0,
                               color=line.get_color())
         axes.axhline(real[name], ls="--", color="gray", label="real text")
-        axes.set(ylabel=label, xscale="log")
+        axes.set(ylabel=title, xscale="log")
         axes.set_xticks(x, [f"{n:.0f}" for n in x])
         axes.minorticks_off()
-    panels[0].set_title(f"{out.name}: samples against NFE")
-    panels[-1].set_xlabel("NFE, network evaluations")
+    panels[0].set_title(f"{out.name}: samples against {label.split(',')[0]}")
+    panels[-1].set_xlabel(label)
     save(figure, out / "quality.png", *panels)
 
 
