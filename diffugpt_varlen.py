@@ -77,7 +77,7 @@ class Config:
     pipeline: Literal["diffusion", "arm"] = "diffusion"  # arm: causal, predicts the next token
     init_from: str = "parent"  # parent (trained first, in <out>_parent), scratch, or a run folder
     parent_steps: int = 500  # optimizer steps of the parent
-    attn_annealing_steps: int = 100  # steps in which r of (E3) grows from 0 to 1; 0 = r is 1
+    attn_annealing_steps: int = 100  # steps in which r of (E3) grows from 0 to 1; 1: r is 1
     p_prompt: float = 0.2  # share of rows with a prompt; half of them mask everything behind it
     p_crop: float = 0.25  # share of batches cropped at a random length (E5)
     # sampling; the bound is for --order random --num-steps 0 --temperature 1
@@ -104,7 +104,9 @@ class Config:
             "--p-prompt and --p-crop must be at most 1": max(self.p_prompt, self.p_crop) <= 1,
             "--length-quantile must be in (0, 1)": 0 < self.length_quantile < 1,
             "--pipeline arm is the parent itself: add --init-from scratch, or a run folder":
-                (self.pipeline, self.init_from) != ("arm", "parent")}
+                (self.pipeline, self.init_from) != ("arm", "parent"),
+            "--infill needs --pipeline diffusion: a causal model sees nothing behind a hole":
+                self.pipeline != "arm" or not self.infill}
         return [sentence for sentence, holds in rules.items() if not holds]
 
 
@@ -297,7 +299,7 @@ def corrupt(x0, cfg, g, step, random_prompts=random_prompts):
     n = torch.where(mask_all, N, (t.to(x.device) * N).ceil().long())
     is_mask = top_positions(torch.zeros(x.shape, device=x.device), allowed, n, g)
     weight = is_mask * (N / n.clamp(min=1))[:, None] / allowed.sum().clamp(min=1)  # (E1)
-    r = min(1, (step + 1) / cfg.attn_annealing_steps) if cfg.attn_annealing_steps else 1
+    r = min(1, (step + 1) / cfg.attn_annealing_steps)
     attention_mask = random_attention(x.shape[1] + 1, r, x.device, g)
     return x, x.masked_fill(is_mask, V + 1), weight, attention_mask
 
@@ -461,6 +463,7 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, length_dist=length_dis
         end = m + cfg.block_size
     if cfg.length_mode != "fixed":
         end = torch.where(is_fixed_end, length_of(x, cfg) + 1, end.maximum(last)).clamp(max=T)
+    is_text = is_fixed_end[:, None] | (column < last[:, None])  # no EOS, no PAD: text is to follow
     k = -(-int((T - m).max()) // cfg.num_steps) if cfg.num_steps else 1  # tokens per step
     while True:
         inside = column < end[:, None]
@@ -483,9 +486,8 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, length_dist=length_dis
         # 5. draw their tokens
         logits = logits[unmask[is_mask]]
         if docs:
-            row = unmask.nonzero()[:, 0]
             logits[:, [cfg.eos, V]] = logits[:, [cfg.eos, V]].masked_fill(
-                is_fixed_end[row, None], -torch.inf)
+                is_text[unmask][:, None], -torch.inf)
         x[unmask] = categorical(filter_logits(logits, cfg), g)
         nfe += 1
         on_step(nfe, torch.where(x == M, V, x.masked_fill(x == V, cfg.eos)))
@@ -597,7 +599,7 @@ def train_parent(cfg, *parts):
     parent = dataclasses.replace(cfg, pipeline="arm", init_from="scratch", steps=cfg.parent_steps,
                                  out=f"{cfg.out}_parent")
     names = [field.name for field in dataclasses.fields(cfg)]
-    names = set(names[:names.index("num_samples")]) - {"out", "resume", "log", "compile"}
+    names = set(names[:names.index("parent_steps")]) - {"out", "resume", "log", "compile"}
     load_data(parent, quiet=True)  # fixes vocab_size and rows
     with contextlib.suppress(common.UserError):  # there is none
         stored = common.load_config(type(cfg), parent.out)
