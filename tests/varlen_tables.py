@@ -49,8 +49,8 @@ def documents(T):
 
 
 def conditionals(rows, p, states):
-    """p(x_i | what a state shows) for states (S, T), in which MASK is hidden, under a law p over
-    rows: (S, T, 4), and P(what it shows) (S,)."""
+    """p(x_i | what a state shows) for states (S, T), in which MASK is hidden, under probabilities p
+    of rows: (S, T, 4), and P(what it shows) (S,)."""
     shown, out = states != MASK, []
     for state, show in zip(states.split(4096), shown.split(4096)):
         agree = ((state[:, None] == rows) | ~show[:, None]).all(2).double() * p
@@ -66,43 +66,51 @@ def all_states(T):
     return torch.tensor(list(itertools.product(range(5), repeat=T)))
 
 
-class Oracle(nn.Module):
-    """The network that is never wrong, with the interface of diffugpt_varlen.Model. What is outside
-    a canvas, and what is not live in a ragged batch, is unknown to it. `strange` counts questions
-    about canvases that cannot be."""
+class Script(nn.Module):
+    """A network with the interface of diffugpt_varlen.Model whose logits (B, w, outputs) are a
+    function of ids and of what is live in a ragged batch, both (B, w). It keeps what it was
+    asked."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits, self.asked = logits, []
+
+    def forward(self, idx, is_target=None, attention_mask=None):
+        live = torch.ones_like(idx, dtype=torch.bool)
+        if attention_mask is not None and attention_mask.dim() == 4:
+            live &= attention_mask[:, 0, 0, 1:]
+        self.asked.append((idx.clone(), live))
+        logits = self.logits(idx, live)
+        return logits if is_target is None else logits[is_target]
+
+    def tokens(self):
+        """How many went through it, BOS included."""
+        return sum(idx.numel() + len(idx) for idx, _ in self.asked)
+
+
+class Oracle(Script):
+    """The network that is never wrong about `documents(T)`. What is outside a canvas, and what is
+    not live, is unknown to it. `strange` counts questions about canvases that cannot be."""
 
     def __init__(self, T=6):
-        super().__init__()
-        self.T, self.outputs, self.strange, self.asked = T, 4, 0, []
+        super().__init__(self.lookup)
+        self.T, self.strange = T, 0
         self.rows, self.p = documents(T)
         self.length = (self.rows < EOS).sum(1)
-        q, total = conditionals(self.rows, self.p, all_states(T))
-        self.q, self.possible = q, total > 0
-        self.logits = q.clamp(min=1e-30).log().float()
+        self.q, total = conditionals(self.rows, self.p, all_states(T))
+        self.possible = total > 0
         self.place = 5 ** torch.arange(T - 1, -1, -1)
-        self.nothing = nn.Parameter(torch.zeros(1))
 
-    def code(self, idx, seen=None):
+    def code(self, idx):
         """The number of the state that canvases idx (B, w <= T) show."""
         whole = idx.new_full((len(idx), self.T), MASK)
         whole[:, :idx.shape[1]] = idx
-        if seen is not None:
-            live = seen.expand(len(idx), 1, 1, idx.shape[1] + 1)[:, 0, 0, 1:]
-            whole[:, :idx.shape[1]].masked_fill_(~live, MASK)
         return (whole * self.place).sum(1)
 
-    def forward(self, idx, where=None, seen=None):
-        code = self.code(idx, seen)
+    def lookup(self, idx, live):
+        code = self.code(idx.masked_fill(~live, MASK))
         self.strange += int((~self.possible[code]).sum())
-        self.asked.append(tuple(idx.shape))
-        logits = self.logits[code][:, :idx.shape[1]]
-        return logits if where is None else logits[where]
-
-    def aligned(self, idx, seen=None):
-        return self(idx, None, seen)
-
-    def unembed(self, h):
-        return h
+        return self.q[code][:, :idx.shape[1]].clamp(min=1e-30).log().float()
 
     def filled(self):
         """Its documents as the sampler returns them, EOS-filled: (n, T)."""
@@ -117,35 +125,14 @@ class Oracle(nn.Module):
         assert (found >= 0).all(), "no document"
         return found.bincount(minlength=len(self.rows))
 
-    def lengths_law(self):
-        """P(L = i), and in column T that of a longer document: (T + 1,)."""
-        return torch.zeros(self.T + 1, dtype=torch.float64).index_add(0, self.length, self.p)
-
-
-class Script(nn.Module):
-    """A network whose logits (B, w, outputs) are a given function of ids and liveness (B, w). It
-    remembers what it was asked."""
-
-    def __init__(self, logits, outputs=4):
-        super().__init__()
-        self.logits, self.outputs, self.asked = logits, outputs, []
-        self.nothing = nn.Parameter(torch.zeros(1))
-
-    def forward(self, idx, where=None, seen=None):
-        live = torch.ones_like(idx, dtype=torch.bool) if seen is None else seen[:, 0, 0, 1:]
-        self.asked.append((idx.clone(), None if where is None else where.clone(), live))
-        logits = self.logits(idx)
-        return logits if where is None else logits[where]
-
-    def aligned(self, idx, seen=None):
-        return self(idx, None, seen)
-
-    def unembed(self, h):
-        return h
+    def length_dist(self, prompt=()):
+        """P(L = i | the document begins with `prompt`), in column T that of a longer one: (T + 1,)."""
+        p = self.p * (self.rows[:, :len(prompt)] == torch.tensor(prompt)).all(1)
+        return torch.zeros(self.T + 1, dtype=torch.float64).index_add(0, self.length, p) / p.sum()
 
 
 def total_variation(counts, p):
-    """TV between the shares of counts and a law, and what chance alone makes of it on average."""
+    """TV between the shares of counts and p, and what chance alone makes of it on average."""
     counts, p = np.asarray(counts, float), np.asarray(p, float)
     n = counts.sum()
     return (0.5 * np.abs(counts / n - p).sum(),
