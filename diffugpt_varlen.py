@@ -8,23 +8,23 @@ Method: DiffuGPT (Gong et al. 2024, arXiv 2410.17891): masked diffusion from the
     python diffugpt_varlen.py eval      the bound on the test split, samples
 lab/pretrained.py: weights of GPT-2 and DiffuGPT; lab/varlen_eval.py: length reports, benchmarks
 
-Equations. A canvas is text, EOS, PAD, PAD ...; L is the position of EOS, M the mask.
+Equations. A canvas is text, EOS, PAD, PAD ...; L is the position of EOS (T: none), M the mask.
     (E1)  NELBO = sum_{n=1..T} 1/n E_{n masks} sum_masked -log p(x_i | x_t) >= -log p(x_0)
-    (E2)  shift: p(x_i | x_t) = softmax(W h_{i-1}), as in the causal parent; BOS stands before x_0
+    (E2)  shift: p(x_i | x_t) = softmax(W h_{i-1}), as in the causal parent; h_{-1} is that of BOS
     (E3)  annealing: position i attends to j > i with probability r, which grows from 0 to 1
-    (E4)  behind a prompt, all masked: p_i(EOS) = P(L = i), p_i(PAD) = P(L < i). The hazard
-          P(L = i | L >= i) = p_i(EOS) / (1 - p_i(PAD)) gives the distribution of L at once
-    (E5)  if canvases are cropped at sizes that do not depend on the text, p(x_i | visible) does
-          not depend on the size: a canvas may be cut and extended, the distribution stays
+    (E4)  behind a prompt, all masked: p_i(EOS) = P(L = i), p_i(PAD) = P(L < i). A network's need
+          not agree, but its hazards P(L = i | L >= i) = p_i(EOS) / (1 - p_i(PAD)) always give P(L)
+    (E5)  training crops canvases at sizes that do not depend on the text, so p(x_i | visible) does
+          not depend on the size: sampling may begin with a short canvas and extend it
     (E6)  truncation: what follows the first visible EOS or PAD is PAD and need not be computed
 
 Shapes: B rows, T tokens, V vocabulary (PAD is V, M is V + 1), C width, H heads, D = C / H. Units:
 nats. Every position of a row is scored, PAD too: the model is not told the length. g draws noise.
 
-Differs from the paper: the loss is the bound per token (theirs is twice that, as they divide by the
-number of masks); exact numbers of masks, no cut-off of t; M and PAD are new rows of the embedding
-and M is never predicted; prompts and crops in training, for lengths. Differs from ar.py: a GPT-2
-block with the tensor names of `transformers`, so that weights can be exchanged.
+Differs from the paper: the loss is the bound per position (theirs is twice that: they divide by the
+number of masks, half of the positions); exact numbers of masks, no cut-off of t; M and PAD are new
+rows of the embedding, M is never predicted; prompts and crops in training, for lengths. Differs
+from ar.py: a GPT-2 block with the tensor names of `transformers`, so that weights fit both.
 """
 import contextlib
 import copy
@@ -74,7 +74,7 @@ class Config:
     ema: float = 0.99  # moving average of the weights, which is evaluated and saved; 0 = off
     eval_every: int = 200  # steps between evaluations and checkpoints
     # method
-    pipeline: Literal["diffusion", "arm"] = "diffusion"  # arm: causal, predicts the next token
+    pipeline: Literal["diffusion", "arm"] = "diffusion"  # arm: autoregressive, as the parent is
     init_from: str = "parent"  # parent (trained first, in <out>_parent), scratch, or a run folder
     parent_steps: int = 500  # optimizer steps of the parent
     attn_annealing_steps: int = 100  # steps in which r of (E3) grows from 0 to 1; 1: r is 1
@@ -85,7 +85,7 @@ class Config:
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "Once ___ a ___3 who": one token and three are wanted, then the end
     trace: bool = False  # print the trajectory of the first sample
-    num_steps: int = 80  # steps for a whole row; 0 = one token per step
+    num_steps: int = 80  # a step unmasks T / num_steps tokens, rounded up; 0 = one
     order: Literal["random", "l2r", "maxprob", "margin", "entropy"] = "maxprob"  # unmasked first
     length_mode: Literal["fixed", "truncate", "quantile", "blockwise", "presampled"] = "truncate"
     length_quantile: float = 0.9  # quantile: the canvas is long enough with this probability
@@ -95,9 +95,9 @@ class Config:
     top_p: float = 1.0  # keep the most likely tokens that hold this much probability
     # set by the data
     eos: int = 0  # end of document
-    bos: int = 0  # what the parent sees before the first token
+    bos: int = 0  # stands before the first token (E2)
 
-    checkpoint_keys = ("pipeline",)
+    checkpoint_keys = ("pipeline",)  # what a checkpoint fixes
 
     def problems(self):
         rules = {
@@ -168,7 +168,7 @@ class Attention(nn.Module):
         self.c_proj = Conv1D(cfg.n_embd, cfg.n_embd)
 
     def forward(self, x, attention_mask):
-        B, T, C = x.shape
+        B, T, C = x.shape  # T counts BOS here
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if x.device.type == "cpu":  # written out: the fused kernel is slow there, see LOG.md
             score = q @ k.transpose(2, 3) * q.shape[3] ** -0.5  # (B, H, T, T)
@@ -292,7 +292,7 @@ def corrupt(x0, cfg, g, step, random_prompts=random_prompts):
         return x, x, (x != V) / (x != V).sum(), random_attention(T + 1, 0, x.device)
     crop, size = torch.rand(2, generator=g)
     if crop < cfg.p_crop:
-        x = x[:, :T // 3 + int(size * (T - T // 3)) + 1]  # (E5)
+        x = x[:, :T // 3 + int(size * (T - T // 3)) + 1]  # T / 3 to T, whatever the text (E5)
     t = 1 - (torch.arange(B) / B + torch.rand(1, generator=g)) % 1  # (0, 1], low-discrepancy
     allowed, mask_all = random_prompts(x, cfg, g)
     N = allowed.sum(1)
@@ -305,8 +305,8 @@ def corrupt(x0, cfg, g, step, random_prompts=random_prompts):
 
 
 def loss_fn(model, x, xt, weight, attention_mask):
-    """Weighted cross-entropy in nats per token; without prompts, crops and annealing the NELBO per
-    position of a row. A sum, so that the losses of micro-batches add up."""
+    """Weighted cross-entropy, a scalar in nats per position that may be masked; without prompts,
+    crops and annealing NELBO / T. A sum, so that the losses of micro-batches add up."""
     is_target = weight > 0
     logits = model(xt, is_target, attention_mask).float()
     return (weight[is_target] * F.cross_entropy(logits, x[is_target], reduction="none")).sum()
@@ -324,12 +324,12 @@ def target_nats(model, x, xt, is_target, attention_mask=None):
 
 @torch.no_grad()
 def nelbo_per_token(model, x0, cfg, g, K=8, is_given=None):
-    """The terms of `nelbo`, those of each position: (B, T)."""
+    """The terms of `nelbo`, those of each position, in nats: (B, T) float64 on the CPU."""
     x, (B, T) = to_canvas(x0, cfg), x0.shape
+    allowed = torch.ones_like(x, dtype=torch.bool) if is_given is None else ~is_given
     if cfg.pipeline == "arm":
         causal = random_attention(T + 1, 0, x.device)
-        return target_nats(model, x, x, x != cfg.vocab_size, causal)
-    allowed = torch.ones_like(x, dtype=torch.bool) if is_given is None else ~is_given
+        return target_nats(model, x, x, allowed & (x != cfg.vocab_size), causal)
     N, u, total = allowed.sum(1).cpu(), torch.rand(B, generator=g), 0
     for k in range(K):
         n = torch.minimum(1 + ((k + u) / K * N).floor().long(), N)
@@ -342,7 +342,7 @@ def nelbo_per_token(model, x0, cfg, g, K=8, is_given=None):
 def nelbo(model, x0, cfg, g, K=8, is_given=None):
     """Upper bound on -log p(x0) in nats per row, (B,), estimated without bias from K evaluations a
     row, n masks each, n stratified over 1..N with a random offset. With a boolean `is_given` (B, T)
-    it bounds -log p(the other N tokens | those). Of the arm pipeline it is the exact -log p(x0)."""
+    it bounds -log p(the other N tokens | those). Pipeline arm: exact, of what follows a prompt."""
     return nelbo_per_token(model, x0, cfg, g, K, is_given).sum(1)
 
 
@@ -381,8 +381,8 @@ def categorical(logits, g):
 
 
 def hazard_to_dist(log_hazard, log_stay, m):
-    """log P(L = i), i = 0 .. T - 1, and of "longer" in column T: (B, T + 1), from the logarithms of
-    P(L = i | L >= i) and of its complement, (B, T); a prompt of m (B,) tokens holds no end."""
+    """log P(L = i | L >= m), i = 0 .. T - 1, and in column T that of a longer document: (B, T + 1),
+    from log P(L = i | L >= i) and log P(L > i | L >= i), both (B, T), used from m (B,) on."""
     in_prompt = torch.arange(log_hazard.shape[1], device=m.device) < m[:, None]
     log_hazard = log_hazard.masked_fill(in_prompt, -torch.inf)
     log_survive = log_stay.masked_fill(in_prompt, 0.0).cumsum(1)  # log P(L > i)
@@ -391,8 +391,8 @@ def hazard_to_dist(log_hazard, log_stay, m):
 
 @torch.no_grad()
 def length_dist(model, x, m, cfg):
-    """log P(L) behind the first m (B,) tokens of canvases x (B, T), from one evaluation of the
-    network: (B, T + 1), column T is "longer than the canvas"."""
+    """log P(L | L >= m), with all masked from m (B,) on in canvases x (B, T), from one evaluation
+    of the network: (B, T + 1), column T is "longer than the canvas"."""
     is_wanted = torch.arange(x.shape[1], device=x.device) >= m[:, None]
     logits = model(x.masked_fill(is_wanted, cfg.vocab_size + 1)).float()
     log_hazard = logits[..., :cfg.vocab_size].log_softmax(2)[..., cfg.eos]  # 1 - p(PAD) divided out
@@ -401,12 +401,12 @@ def length_dist(model, x, m, cfg):
 
 
 def predict(model, x, is_target, end):
-    """Logits at the targets of canvases x (n, T), of which row r has end[r] positions. Rows of
-    similar length go together, and no further than the longest of them: short canvases save."""
-    number = is_target.flatten().cumsum(0).view(is_target.shape) - 1  # of the targets
-    rows = is_target.any(1).nonzero()[:, 0]
-    rows, logits = rows[end[rows].argsort()], None
-    for rows in rows.chunk(4 if end[rows].unique().numel() > 1 else 1):
+    """Logits (number of targets, outputs) of canvases x (n, T), of which row r has end[r]
+    positions. Rows of similar length go together, cut to the longest of them: this saves time."""
+    number = is_target.flatten().cumsum(0).view(is_target.shape) - 1  # a target's row in logits
+    by_end, logits = is_target.any(1).nonzero()[:, 0], None
+    by_end = by_end[end[by_end].argsort()]
+    for rows in by_end.chunk(4 if end[by_end].unique().numel() > 1 else 1):
         width = int(end[rows].max())
         inside = torch.arange(-1, width, device=x.device) < end[rows, None]  # with BOS
         attention_mask = None if inside.all() else inside[:, None, None]
@@ -422,7 +422,7 @@ def sample_ar(model, x, cfg, g, on_step=lambda nfe, x: None):
     from left to right. ar.py does it faster, with a cache of keys and values."""
     x, first = x.clone(), int((x[0] != cfg.vocab_size).cumprod(0).sum())
     causal = random_attention(x.shape[1] + 1, 0, x.device)
-    ended = torch.zeros_like(x[:, 0], dtype=torch.bool)
+    ended, i = torch.zeros_like(x[:, 0], dtype=torch.bool), first - 1  # a full row takes no step
     for i in range(first, x.shape[1]):
         is_target = torch.arange(i + 1, device=x.device).expand(len(x), -1) == i
         logits = model(x[:, :i + 1], is_target, causal[:i + 2, :i + 2]).float()
@@ -436,39 +436,43 @@ def sample_ar(model, x, cfg, g, on_step=lambda nfe, x: None):
 
 @torch.no_grad()
 def sample(model, x, cfg, g, on_step=lambda nfe, x: None, length_dist=length_dist):
-    """The reverse process: positions of x (n, T) with the id V become tokens, all else is given.
-    Returns x, EOS-filled, and NFE. on_step(nfe, x) sees x before it is cut, V where masked.
-    Length modes of one distribution (E5): fixed computes the whole row; truncate stops behind the
-    first EOS or PAD; quantile begins with a canvas that holds L with probability length_quantile,
-    blockwise with one block, and both grow; presampled draws L first and writes the EOS there."""
+    """The reverse process: positions of x (n, T) with the id V become tokens, all else is given (V
+    is the mask here, as in mdlm.py; PAD is internal). Returns x, EOS-filled, and NFE; on_step(nfe,
+    x) sees x before it is cut. At temperature 1 and one token per step the length modes have one
+    distribution (E5): fixed computes the whole row; truncate stops behind the first EOS or PAD;
+    quantile begins with a canvas that holds L with probability length_quantile, blockwise with one
+    block, and both grow; presampled draws L first, at temperature 1, and writes the EOS there."""
     if cfg.pipeline == "arm":
         return sample_ar(model, x, cfg, g, on_step)
     (n, T), V, M, docs, nfe = x.shape, cfg.vocab_size, cfg.vocab_size + 1, cfg.rows == "docs", 0
     column, is_given = torch.arange(T, device=x.device), x != V
     x = to_canvas(x.masked_fill(~is_given, M), cfg)
-    m, last = is_given.cumprod(1).sum(1), (is_given * (column + 1)).amax(1)  # prompt, last given
-    is_fixed_end = docs & (x == cfg.eos).any(1)  # nothing else may end the row
-    is_longer = torch.zeros_like(is_fixed_end)  # than the canvas
+    m = is_given.cumprod(1).sum(1)  # tokens of the prompt
+    given_end = (is_given * (column + 1)).amax(1)  # one behind the last given token
+    end_known = docs & (x == cfg.eos).any(1)  # nothing else may end the row
+    is_longer = torch.zeros_like(end_known)  # presampled: no end within T
     # 1. the canvas: `end` positions of each row
     end = torch.full_like(m, T)
-    if docs and cfg.length_mode in ("quantile", "presampled") and not is_fixed_end.any():
-        logp, nfe = length_dist(model, x, last, cfg), 1
+    if docs and cfg.length_mode in ("quantile", "presampled") and not end_known.any():
+        logp, nfe = length_dist(model, x, given_end, cfg), 1
         if cfg.length_mode == "quantile":
             end = (logp.exp().cumsum(1) < cfg.length_quantile).sum(1) + 1
         else:
             L = categorical(logp, g)
-            is_longer, is_fixed_end = L == T, torch.ones_like(is_fixed_end)
+            is_longer, end_known = L == T, torch.ones_like(end_known)
             x[~is_longer, L[~is_longer]] = cfg.eos
     elif cfg.length_mode == "blockwise":
         end = m + cfg.block_size
     if cfg.length_mode != "fixed":
-        end = torch.where(is_fixed_end, length_of(x, cfg) + 1, end.maximum(last)).clamp(max=T)
-    is_text = is_fixed_end[:, None] | (column < last[:, None])  # no EOS, no PAD: text is to follow
+        end = torch.where(end_known, length_of(x, cfg) + 1, end.maximum(given_end)).clamp(max=T)
+    is_text = end_known[:, None] | (column < given_end[:, None])  # where EOS and PAD are impossible
     k = -(-int((T - m).max()) // cfg.num_steps) if cfg.num_steps else 1  # tokens per step
     while True:
-        inside = column < end[:, None]
-        is_mask, is_stop = inside & (x == M), inside & ((x == cfg.eos) | (x == V)) & docs
-        # 2. a row without masks and without an end grows
+        # 2. cut behind the first EOS or PAD; a row without masks and without an end grows
+        is_stop = (column < end[:, None]) & ((x == cfg.eos) | (x == V)) & docs
+        if cfg.length_mode != "fixed":
+            end = torch.minimum(end, (is_stop.cumsum(1) == 0).sum(1) + 1)  # (E6)
+        is_mask = (column < end[:, None]) & (x == M)
         grows = ~is_mask.any(1) & ~is_stop.any(1) & (end < T)
         if grows.any():
             end = torch.where(grows, end + cfg.block_size, end).clamp(max=T)
@@ -477,6 +481,9 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, length_dist=length_dis
             break
         # 3. predict
         logits = predict(model, x, is_mask, end)
+        if docs:
+            logits[:, [cfg.eos, V]] = logits[:, [cfg.eos, V]].masked_fill(
+                is_text.expand_as(x)[is_mask][:, None], -torch.inf)
         # 4. choose positions to unmask, those of most confidence first
         score = torch.zeros(x.shape, device=x.device)
         score[is_mask] = ORDERS[cfg.order](logits.log_softmax(1), is_mask.nonzero()[:, 1])
@@ -484,17 +491,9 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, length_dist=length_dis
         score[is_longer[:, None] & (column == end[:, None] - 1)] = torch.inf
         unmask = top_positions(score, is_mask, torch.full_like(m, k), g)
         # 5. draw their tokens
-        logits = logits[unmask[is_mask]]
-        if docs:
-            logits[:, [cfg.eos, V]] = logits[:, [cfg.eos, V]].masked_fill(
-                is_text[unmask][:, None], -torch.inf)
-        x[unmask] = categorical(filter_logits(logits, cfg), g)
+        x[unmask] = categorical(filter_logits(logits[unmask[is_mask]], cfg), g)
         nfe += 1
         on_step(nfe, torch.where(x == M, V, x.masked_fill(x == V, cfg.eos)))
-        # 6. cut the canvas
-        if cfg.length_mode != "fixed":
-            is_stop = inside & ((x == cfg.eos) | (x == V)) & docs
-            end = torch.minimum(end, (is_stop.cumsum(1) == 0).sum(1) + 1)  # (E6)
     return x.masked_fill(is_stop.cumsum(1) > 0, cfg.eos), nfe
 
 
@@ -595,13 +594,14 @@ def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sampl
 
 
 def train_parent(cfg, *parts):
-    """Stage 1: the causal parent. One of the same settings is gone on with, or left as it is."""
+    """Stage 1: the causal parent. One of the same settings is kept, or goes on where it stopped;
+    one of other settings is moved aside."""
     parent = dataclasses.replace(cfg, pipeline="arm", init_from="scratch", steps=cfg.parent_steps,
                                  out=f"{cfg.out}_parent")
-    names = [field.name for field in dataclasses.fields(cfg)]
+    names = [field.name for field in dataclasses.fields(cfg)]  # those of a parent come first
     names = set(names[:names.index("parent_steps")]) - {"out", "resume", "log", "compile"}
     load_data(parent, quiet=True)  # fixes vocab_size and rows
-    with contextlib.suppress(common.UserError):  # there is none
+    with contextlib.suppress(common.UserError):  # no parent yet
         stored = common.load_config(type(cfg), parent.out)
         parent.resume = all(getattr(stored, k) == getattr(parent, k) for k in names)
     try:
@@ -618,7 +618,7 @@ def main(argv, Config=Config, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nel
     run = common.Run(cfg)
     parts = Model, corrupt, loss_fn, nelbo, sample, init_model, make_optimizers
     if command == "train":
-        if cfg.init_from == "parent" and not cfg.resume:
+        if cfg.init_from == "parent" and not cfg.resume:  # stage 1 resumes by itself
             run.say(f"stage 1 of 2: a causal parent, {cfg.parent_steps} steps")
             train_parent(cfg, *parts)
             run.say(f"\nstage 2 of 2: the parent becomes a diffusion model, {cfg.steps} steps")

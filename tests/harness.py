@@ -28,7 +28,7 @@ def small_text(path, n=200, seed=0):
 def serve():
     """Fork a child for every job on stdin and print how it ended: what a fresh process would do,
     without importing everything again."""
-    names = "ar mdlm dit_embed bit_diffusion sdd".split()
+    names = "ar mdlm dit_embed bit_diffusion sdd diffugpt_varlen".split()
     scripts = {name: importlib.import_module(name) for name in names}
     torch.set_num_threads(1)
     weight = torch.nn.Parameter(torch.zeros(2, 2))

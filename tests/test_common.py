@@ -24,13 +24,16 @@ from safetensors.torch import load_file
 import ar
 import bit_diffusion
 import common
+import diffugpt_varlen
 import dit_embed
 import mdlm
 import sdd
 from data import files, prepare, units
 from harness import ROOT, Fork, small_text
 
-SCRIPTS = dict(ar=ar, mdlm=mdlm, dit_embed=dit_embed, bit_diffusion=bit_diffusion, sdd=sdd)
+SCRIPTS = dict(ar=ar, mdlm=mdlm, dit_embed=dit_embed, bit_diffusion=bit_diffusion, sdd=sdd,
+               diffugpt_varlen=diffugpt_varlen)
+OWN = dict(diffugpt_varlen=dict(init_from="scratch"))  # its parent is a run of its own
 each = pytest.mark.parametrize("name", SCRIPTS)
 posix = pytest.mark.skipif(os.name == "nt", reason="processes and signals of POSIX")
 FLAGS = ("--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --seq-len 32 --batch-size 4 "
@@ -64,10 +67,10 @@ def straight(home, fork):
     """The folder of an undisturbed run of each script, in folders of their names."""
     for name, script in SCRIPTS.items():
         with pytest.MonkeyPatch.context() as patch:
-            argv = [*map(str, line(home, home / name))]
+            argv = [*map(str, line(name, home, home / name))]
             patch.setattr(sys, "argv", [f"{name}.py", *argv])
             script.main(argv)
-        code, err = fork(name, line(home, home / "counted" / name), "count_events",
+        code, err = fork(name, line(name, home, home / "counted" / name), "count_events",
                          str(home / f"{name}.events"))
         assert code == 0, err
     return home
@@ -95,16 +98,17 @@ def quick(monkeypatch):
     monkeypatch.setattr(common, "plot_loss", lambda *_: None)
 
 
-def line(home, out, *more):
+def line(name, home, out, *more):
     """The command line of a training."""
-    return ["--data", home / "small.txt", *FLAGS, "--out", out, *more]
+    own = [part for k, v in OWN.get(name, {}).items() for part in (f"--{k.replace('_', '-')}", v)]
+    return ["--data", home / "small.txt", *FLAGS, *own, "--out", out, *more]
 
 
 def config(name, home, out, **changes):
     flags = dict(zip(FLAGS[::2], FLAGS[1::2]))
     values = {k[2:].replace("-", "_"): int(v) if v.isdigit() else v for k, v in flags.items()}
-    return SCRIPTS[name].Config(**{**values, "data": str(home / "small.txt"), "out": str(out),
-                                   **changes})
+    return SCRIPTS[name].Config(**{**values, **OWN.get(name, {}), "data": str(home / "small.txt"),
+                                   "out": str(out), **changes})
 
 
 def log(out, kind):
@@ -182,7 +186,8 @@ def test_presets_choose_defaults_and_flags_win_in_both_spellings(name):
             argv, wanted = f"--{field.name}", True
         elif field.type in (int, float):
             wanted = value + 1 if value != 0.99 and (
-                field.name not in ("top_p", "noise_window")) else 0.5
+                field.name not in ("top_p", "noise_window", "p_prompt", "p_crop", "length_quantile")
+            ) else 0.5
             wanted = 200 if field.name == "n_embd" else 2 if field.name == "n_head" else wanted
             argv = f"--{field.name.replace('_', '-')} {wanted}"
         else:
@@ -205,13 +210,14 @@ def test_sample_follows_its_flags(name, straight, cli):
         assert cli(name, "sample", "--out", out, "--num-samples", 2, *argv)[0] == 0
         return (out / "samples.txt").read_bytes()
     greedy = drawn("--temperature", 0)  # with own noisy input, --top-k 1 still listens to it
-    assert (greedy == drawn("--top-k", 1)) or name not in ("ar", "mdlm")
+    assert (greedy == drawn("--top-k", 1)) or name not in ("ar", "mdlm", "diffugpt_varlen")
     assert greedy != drawn("--temperature", 1) != drawn("--top-k", 1)
     assert drawn() == drawn() != drawn("--seed", 3)
 
 
-def test_num_steps_is_the_number_of_network_evaluations(straight, cli):
-    _, said, _ = cli("mdlm", "sample", "--out", straight / "mdlm", "--num-steps", 4, "--trace")
+@pytest.mark.parametrize("name", ["mdlm", "diffugpt_varlen"])
+def test_num_steps_is_the_number_of_network_evaluations(name, straight, cli):
+    _, said, _ = cli(name, "sample", "--out", straight / name, "--num-steps", 4, "--trace")
     assert re.findall(r"^ +(\d+)  ", said, re.M) == ["1", "2", "3", "4"] and "nfe 4," in said
 
 
@@ -226,9 +232,10 @@ def test_eval_prints_the_test_likelihood_and_samples(name, straight, cli):
     assert {k for k in before if before[k] != after[k]} <= {"samples.txt"}
 
 
-def test_infilling_keeps_the_given_text(straight, cli):
-    out = straight / "mdlm"
-    code, _, err = cli("mdlm", "sample", "--out", out, "--infill", "the ___3 saw a___4",
+@pytest.mark.parametrize("name", ["mdlm", "diffugpt_varlen"])
+def test_infilling_keeps_the_given_text(name, straight, cli):
+    out = straight / name
+    code, _, err = cli(name, "sample", "--out", out, "--infill", "the ___3 saw a___4",
                        "--num-samples", 2)
     assert code == 0, err
     for text in (out / "samples.txt").read_bytes().split(b"\n<|endoftext|>\n"):
@@ -292,7 +299,7 @@ def test_a_mistake_is_one_sentence_exit_code_2_and_no_folder(name, flags, senten
     texts["latin"].write_bytes("d\u00e9j\u00e0 vu. ".encode("latin1") * 50)
     texts["short"].write_text("<|endoftext|>".join(["one two", "three four", "five six", "seven"]))
     flags, out = flags.format(**texts).split(), tmp_path / "run"
-    argv = flags if flags[0] == "frobnicate" else [*line(home, out), *flags]
+    argv = flags if flags[0] == "frobnicate" else [*line(name, home, out), *flags]
     code, _, err = cli(name, *argv)
     assert sentence in one_sentence(code, err) and not out.exists()
 
@@ -327,6 +334,7 @@ def test_a_mistake_with_a_finished_run_leaves_it_alone(name, flags, sentence, st
     ("dit_embed", "sample --emb-dim 8", "--emb-dim is 8, the checkpoint has 16"),
     ("dit_embed", "--resume --logsnr-above 2", "--logsnr-above is 2.0, the checkpoint has 3.0"),
     ("sdd", "sample --order random", "--remask conf needs --order maxprob: add --remask none"),
+    ("diffugpt_varlen", "--resume --pipeline arm", "--pipeline is arm, the checkpoint has diffusion"),
     ("sdd", "--k 0", "--k is 0, it must be at least 1")])
 def test_settings_of_one_method_that_cannot_work_are_refused(name, flags, sentence, straight, cli):
     before = contents(straight / name)
@@ -374,7 +382,7 @@ def test_a_checkpoint_of_another_script_or_data_is_refused(name, straight, cli, 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has cuda")
 def test_a_device_that_is_not_there_is_refused(home, cli, tmp_path):
-    code, _, err = cli("ar", *line(home, tmp_path / "run", "--device", "cuda"))
+    code, _, err = cli("ar", *line("ar", home, tmp_path / "run", "--device", "cuda"))
     assert "there is no cuda device here: choose --device cpu or auto" in one_sentence(code, err)
 
 
@@ -385,7 +393,7 @@ def test_a_new_run_moves_an_older_one_aside(name, home, straight, quick, cli, tm
     out = shutil.copytree(straight / name, tmp_path / "run")
     before = contents(out)
     for k in (1, 2):
-        code, said, err = cli(name, *line(home, out, "--steps", 1, "--seed", k))
+        code, said, err = cli(name, *line(name, home, out, "--steps", 1, "--seed", k))
         assert code == 0 and f"{out} held an older run, which is in {out}.{k} now" in said, err
     assert contents(tmp_path / "run.1") == before and len(losses(tmp_path / "run.2")) == 1
 
@@ -394,13 +402,13 @@ def test_a_new_run_moves_an_older_one_aside(name, home, straight, quick, cli, tm
 def test_a_folder_that_holds_other_things_is_refused(name, home, cli, tmp_path):
     out = tmp_path / "thesis"
     out.mkdir()
-    assert cli(name, *line(home, out, "--steps", "x"))[0] == 2
+    assert cli(name, *line(name, home, out, "--steps", "x"))[0] == 2
     (out / "chapter.tex").write_text("mine")
-    code, _, err = cli(name, *line(home, out))
+    code, _, err = cli(name, *line(name, home, out))
     assert f"{out} holds other things than a run: choose another --out" in one_sentence(code, err)
-    code, _, err = cli(name, *line(home, out / "chapter.tex"))
+    code, _, err = cli(name, *line(name, home, out / "chapter.tex"))
     assert f"cannot use {out / 'chapter.tex'} (Not a directory)" in one_sentence(code, err)
-    code, _, err = cli(name, *line(home, out / "chapter.tex" / "run"))
+    code, _, err = cli(name, *line(name, home, out / "chapter.tex" / "run"))
     assert "cannot use " in one_sentence(code, err)
     assert {k for k in contents(out) if k[0] != "."} == {"chapter.tex"}
 
@@ -409,11 +417,11 @@ def test_a_folder_that_holds_other_things_is_refused(name, home, cli, tmp_path):
 def test_a_second_process_in_the_same_folder_is_one_sentence(home, cli, tmp_path):
     out = tmp_path / "run"
     with subprocess.Popen([sys.executable, ROOT / "ar.py", *map(str, line(
-            home, out, "--steps", 10 ** 6, "--eval-every", 50))], stdout=subprocess.PIPE,
+            "ar", home, out, "--steps", 10 ** 6, "--eval-every", 50))], stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
             preexec_fn=listen) as first:
         wait_for(out / "model.safetensors", first)
-        code, _, err = cli("ar", *line(home, out))
+        code, _, err = cli("ar", *line("ar", home, out))
         assert f"another process uses {out}: choose another --out" in one_sentence(code, err)
         assert cli("ar", "sample", "--out", out, "--num-samples", 1)[0] == 0  # this is allowed
         first.send_signal(signal.SIGINT)
@@ -482,7 +490,7 @@ def test_a_run_leaves_the_documented_files_and_rows(name, straight):
 @each
 def test_on_tales_the_gap_to_the_entropy_and_the_rates_of_samples_are_logged(name, cli, tmp_path):
     out = tmp_path / "run"
-    code, said, err = cli(name, *FLAGS, "--out", out, "--tokenizer", "bpe", "--max-docs", 60,
+    code, said, err = cli(name, *line(name, out, out)[2:], "--tokenizer", "bpe", "--max-docs", 60,
                           "--seq-len", 160, "--steps", 2)
     assert code == 0 and "the unigram entropy, " in said and "+ gap " in said, err
     row, [sample] = log(out, "val")[-1], log(out, "samples")
@@ -524,7 +532,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(name, number, home, straight, quick, 
             signal.raise_signal(number)
     with monkeypatch.context() as patch:
         patch.setattr(common.Run, "log_step", log_step)
-        code, _, err = cli(name, *line(home, tmp_path / "run"))
+        code, _, err = cli(name, *line(name, home, tmp_path / "run"))
     assert code == 130 and err.splitlines()[-1] == "stopped at step 5; go on with --resume"
     assert state(tmp_path / "run")["step"] == 5 and signal.getsignal(number) == handler
     code, _, err = cli(name, "--resume", "--out", tmp_path / "run")
@@ -538,7 +546,7 @@ def test_a_second_ctrl_c_stops_at_once(home, quick, cli, tmp_path, monkeypatch):
     honest = common.Run.log_step
     monkeypatch.setattr(common.Run, "log_step", lambda self, *args, **kw: (
         honest(self, *args, **kw), [signal.raise_signal(signal.SIGINT) for _ in range(2)]))
-    code, _, err = cli("ar", *line(home, tmp_path / "run"))
+    code, _, err = cli("ar", *line("ar", home, tmp_path / "run"))
     assert code == 130 and err.splitlines()[-1] == "interrupted"
 
 
@@ -559,15 +567,34 @@ def test_a_run_that_is_killed_anywhere_loses_nothing(name, fault, when, where, h
     out, how = tmp_path / "run", [when, where]
     if fault == "die_at_event":
         how = [int(when * int((home / f"{name}.events").read_text()))]
-    code, err = fork(name, line(home, out), fault, *how)
+    code, err = fork(name, line(name, home, out), fault, *how)
     assert code == -signal.SIGKILL, err
     if (out / "log.jsonl").exists():
         with open(out / "log.jsonl", "a") as file:
             file.write('{"kind": "train", "st')  # cut off
     saved = (out / "state.pt").exists()
-    code, err = fork(name, line(home, out, *["--resume"] * saved))
+    code, err = fork(name, line(name, home, out, *["--resume"] * saved))
     assert code == 0, err
     assert_as_if_undisturbed(out, straight / name)
+
+
+@posix
+@pytest.mark.parametrize("when, where", [(1, "middle"), (2, "after"), (4, "before"), (6, "middle")])
+def test_a_run_of_two_stages_that_is_killed_goes_on_where_it_was(when, where, home, fork, tmp_path):
+    """The parent saves twice and the run three times, two files each: the same command, or --resume
+    where the run itself has begun, ends with the weights of one that is left alone."""
+    name, files = "diffugpt_varlen", ["alone", "killed", "killed_parent"]
+    two = "--init-from parent --parent-steps 3 --steps 5".split()
+    assert fork(name, line(name, home, tmp_path / "alone", *two))[0] == 0
+    argv = line(name, home, tmp_path / "killed", *two)
+    code, err = fork(name, argv, "die_while_replacing", when, where)
+    assert code == -signal.SIGKILL, err
+    assert (tmp_path / "killed").exists() == (when > 4)
+    saved = (tmp_path / "killed/state.pt").exists()
+    code, err = fork(name, argv + ["--resume"] * saved)
+    assert code == 0, err
+    one, two, parent = (load_file(tmp_path / file / "model.safetensors") for file in files)
+    assert same(one, two) and not same(two, parent)
 
 
 # ---- full disks, full memory, other accidents ----------------------------------------------------
@@ -595,7 +622,7 @@ def test_what_the_system_refuses_is_named(number, home, quick, tmp_path, cli, mo
         raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", refuse)
-        code, _, err = cli("ar", *line(home, tmp_path / "run"))
+        code, _, err = cli("ar", *line("ar", home, tmp_path / "run"))
     assert one_sentence(code, err).startswith(
         f"error: cannot use {tmp_path / 'run' / 'model.safetensors'} "
         f"({os.strerror(getattr(errno, number))}): check its rights and the free space")
@@ -717,7 +744,7 @@ def test_two_processes_give_the_losses_of_one(name, home, straight, tmp_path):
     env = dict(os.environ, OMP_NUM_THREADS="1", TEXT_DIFFUSION_CACHE=str(tmp_path / "cache"))
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-         str(port), ROOT / f"{name}.py", *map(str, line(home, tmp_path / "run"))],
+         str(port), ROOT / f"{name}.py", *map(str, line(name, home, tmp_path / "run"))],
         env=env, text=True, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     folders = straight / name, tmp_path / "run"
@@ -767,7 +794,7 @@ def test_a_logger_that_is_not_installed_is_named_with_its_pip_command(name, home
                                                                       monkeypatch):
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     monkeypatch.setitem(sys.modules, name, None)
-    code, _, err = cli("ar", *line(home, tmp_path / "run", "--log", name))
+    code, _, err = cli("ar", *line("ar", home, tmp_path / "run", "--log", name))
     assert f"--log {name} needs `pip install {name}`" in one_sentence(code, err)
 
 

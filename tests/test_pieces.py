@@ -22,12 +22,12 @@ import sdd
 from lab import bit_variants, dit_variants, mdlm_variants, sdd_variants
 from tables import chi_square, generator
 
-NEW, OLD = [ar, mdlm, dit_embed, bit_diffusion, sdd], [diffugpt_varlen]
-SCRIPTS = NEW + OLD
+SCRIPTS = [ar, mdlm, dit_embed, bit_diffusion, sdd, diffugpt_varlen]
+OURS = pytest.mark.parametrize("script", SCRIPTS[:-1], ids=lambda s: s.__name__)  # no GPT-2
 ALL = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
 
 
-# ---- one interface: the last lines of these functions are for OLD
+# ---- one interface
 
 
 def losses(script, model, x0, cfg, g, parts=(slice(None),)):
@@ -35,27 +35,22 @@ def losses(script, model, x0, cfg, g, parts=(slice(None),)):
     if script.__name__ == "ar":
         weight = 1 / script.is_scored(x0, cfg).sum()
         return [script.loss_fn(model, x0[rows], weight, cfg) for rows in parts]
-    if script.__name__ != "diffugpt_varlen":
-        loss_fn, noise = getattr(script, "loss_fn", mdlm.loss_fn), script.corrupt(x0, cfg, g)
-        return [loss_fn(model, x0[rows], *(part[rows] for part in noise)) for rows in parts]
-    same = [*(g.clone_state() for _ in parts[1:]), g]
-    return [script.loss_fn(model, x0, cfg, h, rows)[0] / len(parts) for h, rows in zip(same, parts)]
+    if script.__name__ == "diffugpt_varlen":
+        *noise, mask = script.corrupt(x0, cfg, g, 0)
+        return [script.loss_fn(model, *(part[rows] for part in noise), mask) for rows in parts]
+    loss_fn, noise = getattr(script, "loss_fn", mdlm.loss_fn), script.corrupt(x0, cfg, g)
+    return [loss_fn(model, x0[rows], *(part[rows] for part in noise)) for rows in parts]
 
 
 def nats(script, model, x0, cfg, g):
     """-log p of every row, or its bound: (B,)."""
-    if script.__name__ == "ar":
-        return script.nll(model, x0, cfg)
-    bound = script.nelbo(model, x0, cfg, g)
-    return bound[0] if script.__name__ == "diffugpt_varlen" else bound
+    return (script.nll(model, x0, cfg) if script.__name__ == "ar" else
+            script.nelbo(model, x0, cfg, g))
 
 
 def draw(script, model, cfg, n, g):
     """n samples and NFE."""
-    if script.__name__ != "diffugpt_varlen":
-        return script.sample(model, torch.full((n, cfg.seq_len), cfg.vocab_size), cfg, g)
-    x, info = script.sample(model, cfg, n, g)
-    return x, info["nfe"]
+    return script.sample(model, torch.full((n, cfg.seq_len), cfg.vocab_size), cfg, g)
 
 
 def network_input(script, model, x):
@@ -73,7 +68,7 @@ def config(script, **changes):
     """A small network; one token a step at random."""
     settings = dict(vocab_size=11, seq_len=8, n_layer=2, n_head=2, n_embd=16, rows="stream", eos=0,
                     bos=0, lr=4e-3, warmup=10, order="random", num_steps=0, temperature=1.0,
-                    remask="none", sampler="token") | changes
+                    remask="none", sampler="token", attn_annealing_steps=1) | changes
     known = {*script.Config.__dataclass_fields__, *changes} - (
         set() if hasattr(script.Config, "bos") else {"bos"})
     return script.Config(**{k: v for k, v in settings.items() if k in known})
@@ -104,7 +99,7 @@ def fit(script, model, cfg, batch, steps, g):
 # ---- attention
 
 
-@pytest.mark.parametrize("script", NEW, ids=lambda s: s.__name__)
+@OURS
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 def test_attention_is_softmax_attention(script, dtype, atol):
     """Against PyTorch's own, of normalised and turned queries and keys; causal in ar.py."""
@@ -119,7 +114,7 @@ def test_attention_is_softmax_attention(script, dtype, atol):
     assert got.dtype == dtype and torch.allclose(got.float(), want, atol=atol)
 
 
-@pytest.mark.parametrize("script", NEW, ids=lambda s: s.__name__)  # GPT-2 has none
+@OURS
 def test_rotary_scores_depend_on_relative_positions_only(script):
     """A shift of all positions changes no inner product and no length."""
     g = generator(0)
@@ -290,9 +285,8 @@ MDLM_LOSSES = ("mean_per_sequence", "mean_per_batch", "nelbo")
     *((sdd_variants, dict(loss=loss, attention=attention, prefix=0.5, k=3))
       for loss, attention in itertools.product(("ce", "nelbo"), ("pooled", "full"))),
     (sdd_variants, dict(process="original", k=3)),
-    *((diffugpt_varlen, dict(rows=rows, attn_ratio=0.5, head=head))
-      for rows, head in (("docs", "marginal"), ("docs", "hazard"), ("stream", "marginal"))),
-    (diffugpt_varlen, dict(rows="docs", pipeline="arm"))])
+    *((diffugpt_varlen, dict(rows=rows, attn_annealing_steps=2, p_prompt=0.6, p_crop=1.0))
+      for rows in ("docs", "stream")), (diffugpt_varlen, dict(rows="docs", pipeline="arm"))])
 def test_micro_batches_add_up(script, changes):
     """The loss and gradient of a batch; its noise is drawn, and its weights count, as a whole."""
     cfg = config(script, **changes)
@@ -324,8 +318,8 @@ def test_micro_batches_add_up(script, changes):
         dict(loss="nelbo"), dict(head="bit", num_mixture=4))),
     (sdd, {}), *((sdd_variants, changes) for changes in (
         dict(loss="nelbo"), dict(attention="full", k=3), dict(process="original", k=3))),
-    *((diffugpt_varlen, changes) for changes in ({}, dict(rows="docs"), dict(
-        rows="docs", head="pointer"), dict(rows="docs", pipeline="arm")))])
+    *((diffugpt_varlen, changes) for changes in (
+        {}, dict(rows="docs", p_prompt=1.0), dict(rows="docs", pipeline="arm")))])
 def test_rows_with_everything_or_nothing_masked_give_finite_gradients(script, changes):
     """Also a document that is empty, and in bfloat16."""
     x0, cfg = torch.randint(11, (6, 8), generator=generator(1)), config(script, **changes)
@@ -366,7 +360,7 @@ def sticky_rows(n, T, g, stay=0.9):
 
 
 PLAIN = {script: {} for script in SCRIPTS} | {  # all rows alike, and a block that learns slower
-    diffugpt_varlen: dict(crop=0.0, p_cond=0.0, p_tail=0.0, lr=1e-2)}
+    diffugpt_varlen: dict(p_prompt=0.0, p_crop=0.0, lr=1e-2)}
 
 
 @ALL
@@ -439,6 +433,11 @@ class Settings:
     logsnr_below: float = 8.0
     schedule: str = "quadratic"  # bit_diffusion.py
     k: int = 4  # sdd.py
+    pipeline: str = "diffusion"  # diffugpt_varlen.py
+    attn_annealing_steps: int = 1
+    p_prompt: float = 0.2
+    p_crop: float = 0.25
+    length_mode: str = "truncate"
     sampler: str = "token"
 
 
@@ -452,9 +451,6 @@ def test_sections_3_to_5_run_alone_with_nothing_but_torch(script):
     assert "4. corrupt and loss" in code and "5. sample" in code and "import" not in code
     vars(alone).update(math=math, torch=torch, nn=nn, F=F)
     cfg = Settings()
-    if script in OLD:
-        alone.SimpleNamespace = SimpleNamespace
-        cfg = SimpleNamespace(**vars(script.Config()) | vars(cfg))
     exec(compile(code, "sections 3-5", "exec"), vars(alone))
     torch.manual_seed(0)
     model, g = alone.Model(cfg), generator(0)

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ALL = ["PRESETS", "get_rows", "get_batch", "get_eval_rows", "rotate", "MLP", "filter_logits",
-       "categorical", "get_lr", "make_optimizers"]  # of all scripts; diffugpt_varlen follows
+ALL = ["PRESETS", "get_rows", "get_batch", "get_eval_rows", "filter_logits", "categorical",
+       "get_lr"]
+OURS = ["rotate", "MLP", "make_optimizers"]  # not of a GPT-2 block
 DIFFUSION = ["Attention", "evaluate", "main"]
 OWN_TIMES = ["position_times", "reassign_times"]
 NOISY = ["dit_embed", "bit_diffusion", "sdd"]
-TWINS = [(key, "ar", name) for key in ALL for name in ["mdlm", *NOISY]]
+TWINS = [(key, "ar", name) for key in ALL for name in ["mdlm", *NOISY, "diffugpt_varlen"]]
+TWINS += [(key, "ar", name) for key in OURS for name in ["mdlm", *NOISY]]
+TWINS += [(key, "mdlm", "diffugpt_varlen") for key in ("top_positions", "ORDERS")]
 TWINS += [(key, "mdlm", name) for key in DIFFUSION for name in NOISY]
 TWINS += [(key, "dit_embed", name) for key in OWN_TIMES for name in ("bit_diffusion", "sdd")]
 TWINS += [("Block", "mdlm", name) for name in ("bit_diffusion", "sdd")]
@@ -44,11 +47,13 @@ def test_two_scripts_share_this_text(key, one, other):
 
 
 @pytest.mark.parametrize("one, other", [("ar", "mdlm"), ("mdlm", "dit_embed"),
-                                        ("mdlm", "bit_diffusion"), ("mdlm", "sdd")])
+                                        ("mdlm", "bit_diffusion"), ("mdlm", "sdd"),
+                                        ("mdlm", "diffugpt_varlen")])
 def test_settings_differ_in_the_run_folder_the_method_and_sampling_alone(one, other):
     def fields(name):
         return re.split("    # sampling|    # method", pieces(name)["Config"])[0]
-    lines = changed(fields(one), fields(other))
+    lines = changed(fields(one), re.sub("steps: .* of the adaptation", "steps: int = 1600  "
+                                        "# optimizer steps", fields(other)))
     assert [line[2:] for line in lines] == [
         f'    out: str = "out/{name}"  # run folder' for name in (one, other)]
 
@@ -56,11 +61,11 @@ def test_settings_differ_in_the_run_folder_the_method_and_sampling_alone(one, ot
 def test_one_name_has_one_meaning():
     """A field that two scripts have has one help text, but for defaults and a count of steps."""
     found = {}
-    for name in ("ar", "mdlm", "dit_embed", "bit_diffusion", "sdd"):
+    for name in ("ar", "mdlm", *NOISY, "diffugpt_varlen"):
         for key, text in re.findall(r"^    (\w+): .*?  # (.*)$", pieces(name)["Config"], re.M):
             found.setdefault(key, set()).add(text)
     differ = {key for key, texts in found.items() if len(texts) > 1}
-    assert differ <= {"num_steps", "order", "noise_window", "remask", "temperature", "bos", "eos"}
+    assert differ <= {"steps", "num_steps", "order", "noise_window", "remask", "temperature", "bos", "eos"}
 
 
 @pytest.mark.parametrize("one, other, lines", [
@@ -71,11 +76,18 @@ def test_one_name_has_one_meaning():
     ("mdlm", "bit_diffusion", ["bits, lam, weight = corrupt(x0, cfg, g)",
                                "loss = loss_fn(model, x0[i], bits[i], lam[i], weight[i])"]),
     ("mdlm", "sdd", ["prec, eps, weight = corrupt(x0, cfg, g)",
-                     "loss = loss_fn(model, x0[i], prec[i], eps[i], weight[i])"])])
+                     "loss = loss_fn(model, x0[i], prec[i], eps[i], weight[i])"]),
+    ("mdlm", "diffugpt_varlen", [
+        "init_model=init_model, make_optimizers=make_optimizers):",
+        "model = init_model(cfg, Model, data, run.device)",
+        "x, xt, weight, attention_mask = corrupt(x0, cfg, g, step)",
+        "loss = loss_fn(model, x[i], xt[i], weight[i], attention_mask)",
+        'if cfg.pipeline == "diffusion":',
+        "common.show_samples(run, sample, ema, data.tokenizer, cfg, step)"])])
 def test_training_differs_in_the_noise_and_the_loss_alone(one, other, lines):
     new = [line[2:].strip() for line in changed(pieces(one)["train"], pieces(other)["train"])
            if line[0] == "+"]
-    extra = {"def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, "
-             "sample=sample):", "run.validate(step, lambda: evaluate(ema, data, cfg, nelbo=nelbo))",
+    head = "def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sample=sample"
+    extra = {f"{head}):", f"{head},", "run.validate(step, lambda: evaluate(ema, data, cfg, nelbo=nelbo))",
              "# one batch and its noise, shared out to micro-batches and processes"}
     assert [line for line in new if line not in extra] == lines

@@ -77,7 +77,7 @@ class Script(nn.Module):
 
     def forward(self, idx, is_target=None, attention_mask=None):
         live = torch.ones_like(idx, dtype=torch.bool)
-        if attention_mask is not None:
+        if attention_mask is not None and attention_mask.dim() == 4:
             live &= attention_mask[:, 0, 0, 1:]
         self.asked.append((idx.clone(), live))
         logits = self.logits(idx, live)
@@ -126,7 +126,7 @@ class Oracle(Script):
         return found.bincount(minlength=len(self.rows))
 
     def length_dist(self, prompt=()):
-        """P(L = i | the document begins with `prompt`), in column T that of a longer one: (T + 1,)."""
+        """P(L = i | the document begins with `prompt`); column T: it is longer. (T + 1,)"""
         p = self.p * (self.rows[:, :len(prompt)] == torch.tensor(prompt)).all(1)
         return torch.zeros(self.T + 1, dtype=torch.float64).index_add(0, self.length, p) / p.sum()
 
