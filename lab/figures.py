@@ -55,6 +55,9 @@ def plot_quality(out, rows, real, key="order", cost="nfe", label="NFE, network e
     names = {name: label for name, label in names.items() if rows[0].get(name) is not None}
     figure = Figure(figsize=(7, 2.3 * len(names)), layout="constrained")
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+    ticks = []
+    for at in sorted(row[cost] for row in rows):
+        ticks += [at] if not ticks or at > 1.4 * ticks[-1] else []
     for axes, (name, title) in zip(panels, names.items()):
         for value in dict.fromkeys(row[key] for row in rows):
             points = {}
@@ -67,11 +70,12 @@ def plot_quality(out, rows, real, key="order", cost="nfe", label="NFE, network e
                               color=line.get_color())
         axes.axhline(real[name], ls="--", color="gray", label="real text")
         axes.set(ylabel=title, xscale="log")
-        axes.set_xticks(x, [f"{n:.0f}" for n in x])
+        axes.set_xticks(ticks, [f"{n:.0f}" for n in ticks])
         axes.minorticks_off()
-    panels[0].set_title(f"{out.name}: samples against {label.split(',')[0]}")
+        axes.grid(alpha=0.3)
+    panels[0].set_title(f"{out.name}: quality of samples and what they cost", fontsize=11)
     panels[-1].set_xlabel(label)
-    save(figure, out / "quality.png", *panels)
+    save(figure, out / "quality.png", panels[0])
 
 
 def plot_trajectory(out, frames, tokenizer, cfg):

@@ -146,7 +146,7 @@ def plot_lengths(out, rows):
         bottom.plot([row["revealed"] for row in part], [row["position"] for row in part],
                     marker="o", ms=4, ls="--" if pads else "-",
                     label="PADs visible too: a leak" if pads else "only text visible")
-    bottom.set(xlabel="share revealed", ylabel="EOS is found", ylim=(-0.02, 1.02))
+    bottom.set(xlabel="share revealed", ylabel="share whose EOS is found", ylim=(-0.02, 1.02))
     figures.save(figure, out / "length.png", top, bottom)
 
 

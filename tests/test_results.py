@@ -132,20 +132,20 @@ def test_the_page_shows_the_leak_of_the_original_process():
 
 
 @pytest.mark.parametrize("path", [p for p in EVALS if "varlen" in p.name], ids=NAME)
-def test_the_page_shows_what_canvases_cost_and_give(path):
-    """`| canvas | k | cost per output token | relative to full | metrics |`, means over seeds."""
+def test_the_page_shows_what_length_modes_cost_and_give(path):
+    """`| length mode | tokens per step | cost per output token | relative to fixed | metrics |`."""
     made, = rows(path, "config")
     assert made["eval"].startswith("diffugpt_varlen.py eval") and "data_dir" not in made["config"]
     groups = {}
     for row in rows(path, "samples"):
-        groups.setdefault((row["canvas"], row["k"]), []).append(row)
-    for (canvas, k), some in groups.items():
+        groups.setdefault((row["length_mode"], row["tokens_per_step"]), []).append(row)
+    for (mode, k), some in groups.items():
         assert len(some) == made["config"]["eval_seeds"] >= 2
-        cost = mean(some, "per_token")
+        cost = mean(some, "processed_per_token")
         metrics = " | ".join(f"{mean(some, key):.2f}" for key in (
             "valid_stories", "valid_sentences", "entropy", "gen_nll"))
-        share = cost / mean(groups["full", k], "per_token")
-        assert f"| {canvas} | {k} | {cost:.1f} | {share:.2f} | {metrics} |" in PAGE
+        share = cost / mean(groups["fixed", k], "processed_per_token")
+        assert f"| {mode} | {k} | {cost:.1f} | {share:.2f} | {metrics} |" in PAGE
     assert len(groups) >= 10
 
 
