@@ -1,6 +1,8 @@
-"""compare.py: the baselines, the table, what is made again and what is not, and the film."""
+"""lab/compare.py: the baselines, the table, what is made again and what is not, and the film."""
 import collections
 import contextlib
+import dataclasses
+import importlib
 import itertools
 import json
 import math
@@ -16,8 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 import common
-import compare
+import diffugpt_varlen
 from common import UserError
+from data.units import tokens_of
+from lab import compare, compare_page, methods
+from lab.ngram import NGram
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "results/compare.jsonl"
@@ -29,13 +34,27 @@ def read(path):
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
+TOY = dict(run=dict(steps=8, eval_every=8, n_layer=1, n_head=1, n_embd=16, device="cpu",
+                    num_steps=4), seeds=(1337,), test=16, n=2, frontier=(2,), rounds=1)
+
+
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """A folder in which `python compare.py --budget quick` has run."""
+    """A folder in which `python lab/compare.py --budget quick` has run, with toys: tiny networks,
+    few documents of validation, no samples at the end of training."""
     folder = tmp_path_factory.mktemp("compare")
-    with contextlib.chdir(folder):
-        compare.main(["--budget", "quick"])
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(compare.BUDGETS, "quick", TOY)
+        for part in ("show_samples", "plot_loss"):
+            patch.setattr(common, part, lambda *_: None)
+        patch.setattr(diffugpt_varlen, "grade", lambda *_: None, raising=False)  # Old
+        for name in compare.IDEAS:
+            script = importlib.import_module(name)
+            patch.setattr(script, "get_eval_rows", lambda split, cfg, n, rows=script.get_eval_rows:
+                          rows(split, cfg, min(n, 16)))
+        with contextlib.chdir(folder):
+            compare.main(["--budget", "quick"])
+        yield folder
 
 
 # ---- baselines -----------------------------------------------------------------------------------
@@ -46,7 +65,7 @@ def toy(order, V=5, N=60, T=12, seed=0):
     rows = rng.integers(0, V, (2 * N, T)) * (rng.random((2 * N, T)) < 0.9)
     rows = np.where((rows == 0).cumsum(1) > 0, 0, rows)
     cfg = SimpleNamespace(vocab_size=V, eos=0)
-    return compare.NGram(order, rows[:N], rows[N:], cfg), rows[:N], rows[N:]
+    return NGram(order, rows[:N], rows[N:], cfg), rows[:N], rows[N:]
 
 
 def by_hand(model, rows, order, row, V):
@@ -121,7 +140,7 @@ def test_the_standard_budget_is_the_default_run_of_every_script():
     for name in compare.IDEAS:
         run = compare.settings(name, "standard", 1337)
         assert not {k: v for k, v in run.items() if k != "out"
-                    and getattr(compare.importlib.import_module(name).Config, k) != v}
+                    and getattr(importlib.import_module(name).Config, k) != v}
 
 
 # ---- the quick comparison ------------------------------------------------------------------------
@@ -148,7 +167,7 @@ def test_a_comparison_has_a_row_for_each_run_and_baseline(quick):
 def test_the_pages_hold_every_method_and_say_what_kind_its_number_is(quick):
     folder = quick / "out/compare/quick"
     page, results = (folder / "compare.md").read_text("utf-8"), read(folder / "compare.jsonl")
-    parts = compare.tables(results)
+    parts = compare_page.tables(results)
     for row in results[5:11]:
         sign = "=" if row["name"] == "ar" else "<="
         assert f"| {sign} {row['test']['nats_per_token']:.3f} |" in parts["table"]
@@ -166,7 +185,7 @@ def test_a_comparison_that_is_there_is_not_made_again(quick, monkeypatch):
     before = (quick / "out/compare/quick/compare.jsonl").read_text()
     monkeypatch.chdir(quick)
     for name in compare.IDEAS:
-        monkeypatch.setattr(compare.importlib.import_module(name), "main", never)
+        monkeypatch.setattr(importlib.import_module(name), "main", never)
     compare.main(["--budget", "quick"])
     assert (quick / "out/compare/quick/compare.jsonl").read_text() == before
     monkeypatch.setattr(compare, "code_of", lambda name: "other")  # another version of the scripts
@@ -181,7 +200,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_numbers(quick, monkeypatch):
     weights = load_file(out / "model.safetensors")
     shutil.move(out, "kept")
     monkeypatch.setattr(common.Run, "stopping", lambda self: (
-        len(common.read_log(self.out)) > 12 or stop(self)))
+        len(common.read_log(self.out)) > 5 or stop(self)))
     with pytest.raises(KeyboardInterrupt):
         compare.train("ar", run)
     assert compare.is_made("ar", run) == "unfinished"
@@ -197,7 +216,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_numbers(quick, monkeypatch):
 def test_results_of_an_earlier_version_are_marked(quick):
     results = read(quick / "out/compare/quick/compare.jsonl")
     results[6]["code"] = "0"
-    table = compare.tables(results)["table"]
+    table = compare_page.tables(results)["table"]
     assert "[`mdlm.py`](mdlm.py)† |" in table and table.count("†") == 1
 
 
@@ -205,7 +224,7 @@ def test_seeds_are_averaged_and_their_range_is_shown(quick):
     results = read(quick / "out/compare/quick/compare.jsonl")
     other = json.loads(json.dumps(results[6]))
     other["test"]["nats_per_doc"] += 8
-    parts = compare.tables([*results[:7], other, *results[7:]])
+    parts = compare_page.tables([*results[:7], other, *results[7:]])
     nats = results[6]["test"]["nats_per_doc"]
     assert f"<= {nats + 4:.1f} ± " in parts["details"]
     assert f"({nats:.1f} to {nats + 8:.1f})" in parts["details"]
@@ -214,8 +233,8 @@ def test_seeds_are_averaged_and_their_range_is_shown(quick):
 def test_a_text_goes_between_its_markers_and_nowhere_else():
     page = ("a\n<!-- compare: table -->\nold\n<!-- end -->\nb\n"
             "<!-- compare: x -->\ny\n<!-- end -->\n")
-    new = compare.insert(page, dict(table="1\n2", other="3"))
-    assert new == page.replace("old", "1\n2") and compare.insert(new, dict(table="1\n2")) == new
+    new = compare_page.insert(page, dict(table="1\n2", other="3"))
+    assert new == page.replace("old", "1\n2") and compare_page.insert(new, dict(table="1\n2")) == new
 
 
 # ---- single measurements -------------------------------------------------------------------------
@@ -232,7 +251,7 @@ def test_the_token_to_fill_is_really_masked(name):
         __name__=name, get_eval_rows=lambda *_: (x0, None),
         sample=lambda model, x, cfg, g, on_step=None: (canvas_of(cfg, x), 1))
     for guess in (2, 7):
-        Cfg = compare.dataclasses.make_dataclass("Cfg", [
+        Cfg = dataclasses.make_dataclass("Cfg", [
             ("guess", int, guess), ("eos", int, 0), ("vocab_size", int, 9), ("order", str, ""),
             ("temperature", float, 1.0), ("remask", str, ""), ("num_steps", int, 0)])
         data = SimpleNamespace(test=None)
@@ -245,9 +264,9 @@ def test_the_token_to_fill_is_really_masked(name):
 def test_new_documents_are_told_from_training_documents():
     import ar
     cfg = ar.Config()
-    data = compare.load_data(cfg)
+    data = ar.load_data(cfg)
     seen = compare.train_documents(data, cfg)
-    rows = compare.tokens_of(ar.get_rows(data.train, cfg, np.arange(20)), cfg)
+    rows = tokens_of(ar.get_rows(data.train, cfg, np.arange(20)), cfg)
     assert compare.share_new(rows, seen) == 0
     assert compare.share_new([rows[0], rows[1][:-1], []], seen) == pytest.approx(2 / 3)
 
@@ -276,15 +295,16 @@ def test_the_film_ends_with_the_stories_that_are_sampled(quick, monkeypatch, cap
     film = json.loads(re.search(r"const film = (.*);\n", page)[1])
     assert [method["name"] for method in film["methods"]] == [f"{n}.py" for n in compare.IDEAS]
     for method, name in zip(film["methods"], compare.IDEAS):
-        script, model, cfg, data = compare.load(name, compare.settings(name, "quick", 1337))
-        cfg = cfg if name == "ar" else compare.default_sampler(script, cfg)
-        with compare.amp(model, cfg):
-            x, nfe = compare.sample(script, model, cfg, 1,
+        script, model, cfg, data = methods.load(name, compare.settings(
+            name, "quick", 1337)["out"])
+        cfg = cfg if name == "ar" else methods.default_sampler(script, cfg)
+        with methods.amp(model, cfg):
+            x, nfe = methods.sample(script, model, cfg, 1,
                                     torch.Generator().manual_seed(cfg.seed))
         now = {}
         for _, changes in method["frames"]:
             now |= changes
-        ids, = compare.tokens_of(x, cfg)
+        ids, = tokens_of(x, cfg)
         assert "".join(now[str(i)] for i in range(len(ids))) == "".join(
             data.tokenizer.decode([t]) for t in ids)
         assert now[str(len(now) - 1)] in ("", data.tokenizer.decode([x[0, -1].item()]))
@@ -292,7 +312,7 @@ def test_the_film_ends_with_the_stories_that_are_sampled(quick, monkeypatch, cap
     assert "after 20 % of the steps" in shown and "after 100 % of the steps" in shown
 
 
-PAGES = [path for path in (ROOT / "results/film_template.html", ROOT / "results/film.html")
+PAGES = [path for path in (ROOT / "lab/film_template.html", ROOT / "results/film.html")
          if path.exists()]
 
 
@@ -333,14 +353,14 @@ def test_the_readme_and_the_page_equal_the_results():
     for page, root, blocks in ((ROOT / "README.md", "", 1), (ROOT / "results/README.md", "../", 3)):
         text = page.read_text("utf-8")
         assert text.count("<!-- compare: ") == blocks
-        assert compare.insert(text, compare.tables(results, root)) == text
-    assert (ROOT / "results/compare.md").read_text("utf-8") == compare.page(results)
+        assert compare_page.insert(text, compare_page.tables(results, root)) == text
+    assert (ROOT / "results/compare.md").read_text("utf-8") == compare_page.page(results)
 
 
 @pytest.mark.skipif(not KEPT.exists(), reason="no committed comparison")
 def test_the_committed_comparison_says_what_made_it():
     results = read(KEPT)
-    assert results[0]["command"].startswith("python compare.py")
+    assert results[0]["command"].startswith("python lab/compare.py")
     runs = [row for row in results if row["kind"] == "run"]
     assert {row["name"] for row in runs} == set(compare.IDEAS)
     for row in runs:
