@@ -241,12 +241,13 @@ def plot_samples(runs, base):
 def plot_length(runs, base):
     """Lengths of ancestral samples."""
     figure, (axes,) = new_figure(1)
-    lengths = base["real"]["lengths"]
-    bins = np.arange(0, max(lengths) + 11, 10)
-    axes.hist(lengths, bins, density=True, color="lightgray", label="validation stories")
-    for name, rows in runs.items():
-        axes.hist(sum((row["lengths"] for row in rows), []), bins, density=True, histtype="step",
-                  color=COLORS[name], label=f"{name}.py")
+    real = base["real"]["lengths"]
+    lengths = {name: sum((row["lengths"] for row in rows), []) for name, rows in runs.items()}
+    bins = np.arange(0, max(max(some) for some in (real, *lengths.values())) + 11, 10)
+    axes.hist(real, bins, density=True, color="lightgray", label="validation stories")
+    for name, some in lengths.items():
+        axes.hist(some, bins, density=True, histtype="step", color=COLORS[name],
+                  label=f"{name}.py")
     axes.set(xlabel="tokens of a story", ylabel="density", title="Lengths at T=1, ancestral")
     axes.legend(fontsize=7)
     return figure

@@ -5,6 +5,7 @@
 """
 import ast
 import dataclasses
+import functools
 import hashlib
 import importlib
 import sys
@@ -87,6 +88,7 @@ def script_of(name):
     return Old(script) if hasattr(script, "open_data") else script
 
 
+@functools.cache
 def code_of(name):
     """A fingerprint of a script that its comments, its docstrings and its last section, the command
     line, do not change."""
