@@ -369,7 +369,8 @@ def main(argv):
         return make_film(args.budget)
     if args.what == "table":
         if not (folder_of(args.budget) / "compare.jsonl").exists():
-            raise UserError(f"no results: `python lab/compare.py --budget {args.budget}` makes them")
+            raise UserError("no results: make them by `python lab/compare.py --budget "
+                            f"{args.budget}`")
         return compare_page.publish(folder_of(args.budget))
     work = [(name, seed) for seed in seeds for name in names]
     for stage in ("train", "measure") if args.stage == "all" else (args.stage,):

@@ -1,6 +1,6 @@
 """What a comparison found: three tables, a page and five figures from its compare.jsonl.
 
-    python lab/compare_page.py                              of results/, with the tables of the READMEs
+    python lab/compare_page.py                              of results/, and tables of the READMEs
     python lab/compare_page.py --folder out/compare/quick
 """
 import json
@@ -116,9 +116,10 @@ def tables(results, root=""):
     return dict(
         table=markdown("script | lines | idea | likelihood | nats/token on tales | "
                        "valid-story rate | valid-sentence rate | NFE | notebook", table),
-        details=markdown("method | seeds | nats per story | gap to entropy | single-token infilling "
-                         "accuracy | parameters, M | latency at batch 1, ms per story | at batch "
-                         f"{speeds['n']} | default sampler: batch 1 | batch {speeds['n']}", details),
+        details=markdown("method | seeds | nats per story | gap to entropy | single-token "
+                         "infilling accuracy | parameters, M | latency at batch 1, ms per story | "
+                         f"at batch {speeds['n']} | default sampler: batch 1 | "
+                         f"batch {speeds['n']}", details),
         samples=markdown("method | sampler | NFE | valid-story rate | valid-sentence rate | "
                          "consistency rate | true NLL of valid samples | entropy | distinct-2 | "
                          "generative NLL | novelty | tokens", samples))

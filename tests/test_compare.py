@@ -21,7 +21,8 @@ import common
 import diffugpt_varlen
 from common import UserError
 from data.units import tokens_of
-from lab import compare, compare_page, methods
+from lab import compare, methods
+from lab.compare_page import insert, page as page_of, tables
 from lab.ngram import NGram
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,6 +58,11 @@ def quick(tmp_path_factory):
         yield folder
 
 
+@pytest.fixture
+def results(quick):
+    return read(quick / "out/compare/quick/compare.jsonl")
+
+
 # ---- baselines -----------------------------------------------------------------------------------
 
 def toy(order, V=5, N=60, T=12, seed=0):
@@ -70,19 +76,16 @@ def toy(order, V=5, N=60, T=12, seed=0):
 
 def by_hand(model, rows, order, row, V):
     """-log p of one row by dictionaries of tuples."""
-    counts = [collections.Counter() for _ in range(order + 1)]
-    for r in rows:
+    def grams(r):
         text = [V] * (order - 1) + list(r[:list(r).index(0) + 1 if 0 in r else len(r)])
-        for i in range(order - 1, len(text)):
-            for j in range(1, order + 1):
-                counts[j][tuple(text[i - j + 1:i + 1])] += 1
-    text, nats = [V] * (order - 1) + list(row[:list(row).index(0) + 1 if 0 in row else len(row)]), 0
-    for i in range(order - 1, len(text)):
+        return [[tuple(text[i - j + 1:i + 1]) for j in range(1, order + 1)]
+                for i in range(order - 1, len(text))]
+    counts, nats = collections.Counter(g for r in rows for some in grams(r) for g in some), 0
+    for some in grams(row):
         p = [1 / V]
-        for j in range(1, order + 1):
-            gram = tuple(text[i - j + 1:i + 1])
-            total = sum(counts[j][(*gram[:-1], v)] for v in range(V))
-            p.append(counts[j][gram] / total if total else p[-1])
+        for gram in some:
+            total = sum(counts[(*gram[:-1], v)] for v in range(V))
+            p.append(counts[gram] / total if total else p[-1])
         nats -= math.log(sum(w * q for w, q in zip(model.weights, p)))
     return nats
 
@@ -145,8 +148,7 @@ def test_the_standard_budget_is_the_default_run_of_every_script():
 
 # ---- the quick comparison ------------------------------------------------------------------------
 
-def test_a_comparison_has_a_row_for_each_run_and_baseline(quick):
-    results = read(quick / "out/compare/quick/compare.jsonl")
+def test_a_comparison_has_a_row_for_each_run_and_baseline(results):
     assert [row["kind"] for row in results] == ["config"] + 4 * ["baseline"] + 6 * ["run"] + [
         "speed"]
     assert {"command", "tokens", "seeds", "torch", "machine", "dtype"} <= results[0].keys()
@@ -164,10 +166,9 @@ def test_a_comparison_has_a_row_for_each_run_and_baseline(quick):
         assert len(row["stories"]) == 2 and len(row["lengths"]) == compare.BUDGETS["quick"]["n"]
 
 
-def test_the_pages_hold_every_method_and_say_what_kind_its_number_is(quick):
-    folder = quick / "out/compare/quick"
-    page, results = (folder / "compare.md").read_text("utf-8"), read(folder / "compare.jsonl")
-    parts = compare_page.tables(results)
+def test_the_pages_hold_every_method_and_say_what_kind_its_number_is(quick, results):
+    folder, parts = quick / "out/compare/quick", tables(results)
+    page = (folder / "compare.md").read_text("utf-8")
     for row in results[5:11]:
         sign = "=" if row["name"] == "ar" else "<="
         assert f"| {sign} {row['test']['nats_per_token']:.3f} |" in parts["table"]
@@ -213,18 +214,16 @@ def test_an_interrupted_run_is_resumed_to_the_same_numbers(quick, monkeypatch):
     shutil.move("kept", out)
 
 
-def test_results_of_an_earlier_version_are_marked(quick):
-    results = read(quick / "out/compare/quick/compare.jsonl")
+def test_results_of_an_earlier_version_are_marked(results):
     results[6]["code"] = "0"
-    table = compare_page.tables(results)["table"]
+    table = tables(results)["table"]
     assert "[`mdlm.py`](mdlm.py)† |" in table and table.count("†") == 1
 
 
-def test_seeds_are_averaged_and_their_range_is_shown(quick):
-    results = read(quick / "out/compare/quick/compare.jsonl")
+def test_seeds_are_averaged_and_their_range_is_shown(results):
     other = json.loads(json.dumps(results[6]))
     other["test"]["nats_per_doc"] += 8
-    parts = compare_page.tables([*results[:7], other, *results[7:]])
+    parts = tables([*results[:7], other, *results[7:]])
     nats = results[6]["test"]["nats_per_doc"]
     assert f"<= {nats + 4:.1f} ± " in parts["details"]
     assert f"({nats:.1f} to {nats + 8:.1f})" in parts["details"]
@@ -233,29 +232,26 @@ def test_seeds_are_averaged_and_their_range_is_shown(quick):
 def test_a_text_goes_between_its_markers_and_nowhere_else():
     page = ("a\n<!-- compare: table -->\nold\n<!-- end -->\nb\n"
             "<!-- compare: x -->\ny\n<!-- end -->\n")
-    new = compare_page.insert(page, dict(table="1\n2", other="3"))
-    assert new == page.replace("old", "1\n2") and compare_page.insert(new, dict(table="1\n2")) == new
+    new = insert(page, dict(table="1\n2", other="3"))
+    assert new == page.replace("old", "1\n2") == insert(new, dict(table="1\n2"))
 
 
 # ---- single measurements -------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["mdlm", "sdd"])
-def test_the_token_to_fill_is_really_masked(name):
-    """Of scripts of both kinds: one word, never the end; the accuracy is that of the guess."""
+def test_the_token_to_fill_is_really_masked():
+    """One word, never the end; the accuracy is that of the guess."""
     x0, seen = torch.tensor([[1, 2, 3, 0, 0]] * 40), []
+    Cfg = dataclasses.make_dataclass("Cfg", [
+        ("guess", int), ("eos", int, 0), ("vocab_size", int, 9), ("order", str, ""),
+        ("temperature", float, 1.0), ("remask", str, ""), ("num_steps", int, 0)])
 
-    def canvas_of(cfg, canvas):
+    def fill(model, canvas, cfg, g):
         seen.append(canvas)
-        return canvas.masked_fill(canvas == 9, cfg.guess)
-    fake = SimpleNamespace(
-        __name__=name, get_eval_rows=lambda *_: (x0, None),
-        sample=lambda model, x, cfg, g, on_step=None: (canvas_of(cfg, x), 1))
+        return canvas.masked_fill(canvas == 9, cfg.guess), 1
+    fake = SimpleNamespace(__name__="mdlm", get_eval_rows=lambda *_: (x0, None), sample=fill)
     for guess in (2, 7):
-        Cfg = dataclasses.make_dataclass("Cfg", [
-            ("guess", int, guess), ("eos", int, 0), ("vocab_size", int, 9), ("order", str, ""),
-            ("temperature", float, 1.0), ("remask", str, ""), ("num_steps", int, 0)])
         data = SimpleNamespace(test=None)
-        share = compare.infill_accuracy(fake, torch.nn.Linear(1, 1), Cfg(), data, 40)
+        share = compare.infill_accuracy(fake, torch.nn.Linear(1, 1), Cfg(guess), data, 40)
         at = (seen[-1] == 9)
         assert at.sum(1).eq(1).all() and not at[:, 3:].any()
         assert share == pytest.approx((x0[at] == guess).float().mean().item())
@@ -312,8 +308,7 @@ def test_the_film_ends_with_the_stories_that_are_sampled(quick, monkeypatch, cap
     assert "after 20 % of the steps" in shown and "after 100 % of the steps" in shown
 
 
-PAGES = [path for path in (ROOT / "lab/film_template.html", ROOT / "results/film.html")
-         if path.exists()]
+PAGES = [ROOT / "lab/film_template.html", ROOT / "results/film.html"]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
@@ -325,7 +320,6 @@ def test_a_film_needs_no_other_file(path):
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium")
-@pytest.mark.skipif(len(PAGES) < 2, reason="no film")
 def test_a_browser_shows_the_last_frame_of_the_film(tmp_path):
     """The committed film in headless Chromium, at its end: every story stands on the page."""
     page = PAGES[1].read_text("utf-8")
@@ -347,23 +341,15 @@ def test_a_browser_shows_the_last_frame_of_the_film(tmp_path):
 
 # ---- what is committed ---------------------------------------------------------------------------
 
-@pytest.mark.skipif(not KEPT.exists(), reason="no committed comparison")
-def test_the_readme_and_the_page_equal_the_results():
+def test_the_pages_equal_the_committed_comparison():
     results = read(KEPT)
     for page, root, blocks in ((ROOT / "README.md", "", 1), (ROOT / "results/README.md", "../", 3)):
         text = page.read_text("utf-8")
         assert text.count("<!-- compare: ") == blocks
-        assert compare_page.insert(text, compare_page.tables(results, root)) == text
-    assert (ROOT / "results/compare.md").read_text("utf-8") == compare_page.page(results)
-
-
-@pytest.mark.skipif(not KEPT.exists(), reason="no committed comparison")
-def test_the_committed_comparison_says_what_made_it():
-    results = read(KEPT)
-    assert results[0]["command"].startswith("python lab/compare.py")
+        assert insert(text, tables(results, root)) == text
+    assert (ROOT / "results/compare.md").read_text("utf-8") == page_of(results)
     runs = [row for row in results if row["kind"] == "run"]
     assert {row["name"] for row in runs} == set(compare.IDEAS)
     for row in runs:
-        assert {"command", "config", "seed", "code", "torch", "machine", "threads",
-                "dtype"} <= row.keys()
+        assert {"command", "config", "seed", "torch", "machine", "threads", "dtype"} <= row.keys()
         assert "data_dir" not in row["config"] and row["tokens"] == results[0]["tokens"]
