@@ -32,7 +32,7 @@ IDEAS = {  # in the order of the tables
 
 
 # ---- the old interface: to be deleted once diffugpt_varlen.py has the functions of mdlm.py -------
-# With it go the lines that name `Old`, here and in compare.py and speed.py, and their imports.
+# With it go the lines that name `Old` or `old` here, in compare.py, speed.py and collect.py.
 
 class Old:
     """diffugpt_varlen.py, which is on common_v1.py, with the functions of mdlm.py."""
