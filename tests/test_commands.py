@@ -14,17 +14,26 @@ from pathlib import Path
 import pytest
 
 import ar
-import common
 import bit_diffusion
+import common
 import common_v1
 import dit_embed
 import mdlm
 import sdd
+from data import prepare, tales
 from harness import ROOT, small_text
 from lab import decoding, metrics, noise_eval, sdd_variants
 
-SCRIPTS, OLD = (ar, mdlm, dit_embed, bit_diffusion, sdd), ("diffugpt_varlen",)
+SCRIPTS = (ar, mdlm, dit_embed, bit_diffusion, sdd)
 LAB = {path.stem: importlib.import_module(f"lab.{path.stem}") for path in ROOT.glob("lab/*.py")}
+USAGE = {"NAME|PATH": "tales", "NAME": "tales", "T": "byte", "N": "300", "DIR": "cache",
+         "auto|lines": "lines", "FILE": str(ROOT / "README.md"), "TEXT": "once upon a time"}
+BEGIN = {  # what a command of lab/ calls once its arguments are understood
+    **dict.fromkeys(("scaling", "heads", "codes", "leak", "candidates", "adaptation"),
+                    ("run", "draw")),
+    "compare": ("train", "measure", "publish", "spread", "make_film"), "compare_page": ["publish"],
+    "collect": ["collect"], "film": ["load"], "methods": ["load"], "metrics": ["load_judge"],
+    "ngram": ["load_data"]}
 
 
 def written_down():
@@ -36,8 +45,7 @@ def written_down():
         lines += [re.split(r"\s+#", line)[0] for line in "".join(blocks).splitlines()]
         lines += [code for row in text.splitlines() if row.startswith("|")
                   for code in re.findall(r"`(python [^`]*)`", row)]
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("results/*.py"),
-                 *ROOT.glob("lab/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("lab/*.py")]:
         doc = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
         lines += [re.split(r"\s{2,}", line.strip())[0] for line in doc.splitlines()
                   if line.startswith("    ")]
@@ -53,75 +61,49 @@ def stop(*_, **__):
     raise Enough
 
 
+@pytest.fixture
+def idle(monkeypatch, tmp_path):
+    """Every command stops where its work would begin; the folder holds samples and a run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out/mdlm").mkdir(parents=True)
+    for name, text in ("samples.txt", "a"), ("model.safetensors", ""):
+        (tmp_path / "out/mdlm" / name).write_text(text)
+    old = importlib.import_module("diffugpt_varlen")
+    for module in (common, common_v1):
+        monkeypatch.setattr(module, "load_config", lambda Config, out: Config())
+        monkeypatch.setattr(module, "Run", stop)
+    for script in (*SCRIPTS, old):
+        monkeypatch.setattr(script, "train", stop)
+    for module, part in ((common, "show_samples"), (common, "plot_loss"), (common_v1, "plot_loss"),
+                         (old, "grade"), (old, "evaluate")):  # some commands switch them off
+        monkeypatch.setattr(module, part, getattr(module, part, None), raising=False)
+    for name, parts in BEGIN.items():
+        for part in parts:
+            monkeypatch.setattr(LAB[name], part, stop)
+    monkeypatch.setattr(LAB["speed"], "PARTS", dict.fromkeys(LAB["speed"].PARTS, stop))
+    monkeypatch.setattr(LAB["vocabulary"].subprocess, "run", stop)
+    monkeypatch.setattr(prepare, "prepare", stop)
+    for name in ("stories", "entropy", "Tales"):
+        monkeypatch.setattr(tales, name, stop)
+
+
 @pytest.mark.parametrize("command", written_down())
-def test_every_command_that_is_written_down_is_understood(command, monkeypatch, tmp_path):
+def test_every_command_that_is_written_down_is_understood(command, idle, monkeypatch):
     words = shlex.split(command)
     if words[0] == "torchrun":
         assert words[1] == "--nproc-per-node"
         words[:3] = ["python"]
-    if words[0] == "pip" or words[1] == "-m" and words[2] == "pytest":
-        assert command in ("pip install -r requirements.txt", "python -m pytest"), command
+    if command in ("pip install -r requirements.txt", "python -m pytest"):
         return
-    path, argv = words[1], words[2:]
-    module = path.removesuffix(".py").replace("/", ".")
-    assert (ROOT / path).exists()
+    path, *argv = [USAGE.get(word.strip("[]"), word.strip("[]")) for word in words[1:]]
     monkeypatch.setattr(sys, "argv", [path, *argv])
-    monkeypatch.setattr(common, "load_config", lambda Config, out: Config())
-    for script in SCRIPTS:
-        monkeypatch.setattr(script, "train", stop)
-    monkeypatch.setattr(common, "Run", stop)
-    for part in ("show_samples", "plot_loss"):  # some commands switch them off
-        monkeypatch.setattr(common, part, getattr(common, part))
-    if module in OLD:
-        script = importlib.import_module(module)
-        monkeypatch.setattr(script, "train", stop)
-        monkeypatch.setattr(common_v1, "Run", stop)
-        monkeypatch.setattr(common_v1, "load_config", lambda Config, out: Config())
-        main = script.main
-    elif module.split(".")[-1] in LAB:
-        main = LAB[module.split(".")[-1]].main
-        monkeypatch.setattr(metrics, "load_judge", stop)
-        for name in ("scaling", "heads", "codes", "leak", "candidates"):
-            for part in ("run", "draw"):
-                monkeypatch.setattr(LAB[name], part, stop)
-        monkeypatch.setattr(LAB["vocabulary"].subprocess, "run", stop)
-        if module == "lab.metrics":
-            Path(tmp_path / "out/mdlm").mkdir(parents=True)
-            (tmp_path / "out/mdlm/samples.txt").write_text("a")
-            monkeypatch.chdir(tmp_path)
-    elif module in [script.__name__ for script in SCRIPTS]:
-        main = importlib.import_module(module).main
-    elif module == "data.prepare":
-        from data import prepare
-        usage = {"NAME|PATH": "tales", "NAME": "tales", "T": "byte", "N": "300", "DIR": "cache",
-                 "auto|lines": "lines"}
-        argv = [usage.get(word.strip("[]"), word.strip("[]")) for word in argv]
-        monkeypatch.setattr(prepare, "prepare", stop)
-        main = prepare.main
-    elif module == "data.tales":
-        from data import tales
-        usage = {"FILE": str(ROOT / "README.md"), "TEXT": "once upon a time"}
-        argv = [usage.get(word.strip("[]"), word.strip("[]")) for word in argv]
-        for name in ("stories", "entropy", "Tales"):
-            monkeypatch.setattr(tales, name, stop)
-        main = tales.main
-    elif module == "compare":
-        import compare
-        for name in ("train", "measure", "publish", "spread", "make_film"):
-            monkeypatch.setattr(compare, name, stop)
-        monkeypatch.setattr(compare, "folder_of", lambda budget: tmp_path)
-        main = compare.main
-    else:
-        arguments = {"results/collect.py": 2, "results/speed.py": 0}
-        assert arguments.get(path) == len(argv), f"nobody checks {command}"
-        return
     with pytest.raises(Enough):
-        main(argv)
+        importlib.import_module(path.removesuffix(".py").replace("/", ".")).main(argv)
 
 
 def test_there_are_commands_to_check_and_each_lab_file_has_one():
     found = written_down()
-    for name in (*(f"{script.__name__}.py" for script in SCRIPTS), "data/prepare.py", "compare.py",
+    for name in (*(f"{script.__name__}.py" for script in SCRIPTS), "data/prepare.py",
                  *(f"lab/{name}.py" for name in LAB)):
         assert any(name in command for command in found), name
     for path in ROOT.glob("lab/*.py"):
@@ -130,7 +112,7 @@ def test_there_are_commands_to_check_and_each_lab_file_has_one():
 
 @pytest.mark.parametrize("how", [["lab/{}.py"], ["-m", "lab.{}"]], ids=["path", "module"])
 def test_lab_files_start_by_path_and_as_modules(how):
-    for name in ("mdlm_eval", "noise_eval", "decoding"):  # those that import most
+    for name in ("compare", "mdlm_eval", "noise_eval"):  # those that import most
         done = subprocess.run([sys.executable, *(part.format(name) for part in how), "--help"],
                               cwd=ROOT, text=True, capture_output=True, timeout=120)
         assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -306,6 +288,22 @@ def test_figures_metrics_and_what_ar_leaves_out(home, capsys):
                                    "--num-samples", 2, "--repetition-penalty", 1.5)
     assert "by Bayes' rule over 257 fillings" in said("ar_extra", capsys, "eval", "--out",
                                                       home / "ar", "--num-samples", 2)
+
+
+def test_runs_are_listed_filmed_and_kept(home, capsys):
+    shown = said("methods", capsys, "--out", home, "--rows", 8)
+    assert [f"{script.__name__}.py" in shown for script in SCRIPTS] == 5 * [True]
+    assert "ar.py: = " in shown and "mdlm.py: <= " in shown
+    assert "after 100 % of the steps" in said("film", capsys, "--out", home, "--page",
+                                              home / "film.html")
+    assert (home / "film.html").stat().st_size > 10_000
+    assert "rows" in said("collect", capsys, home / "mdlm", home / "kept.jsonl")
+    kept = [json.loads(line) for line in (home / "kept.jsonl").read_text().splitlines()]
+    assert kept[0]["kind"] == "config" and not [row for row in kept if row["kind"] == "train"]
+    for name, argv in (("methods", ["--out", "nowhere"]), ("film", ["--out", "nowhere"]),
+                       ("collect", ["nowhere", str(home / "none.jsonl")]), ("collect", ["one"])):
+        with pytest.raises(common.UserError):
+            LAB[name].main(argv)
 
 
 def test_text_metrics_count_what_they_say():

@@ -1,15 +1,13 @@
-"""What results/speed.py compares are the same losses of the same networks."""
-import importlib.util
+"""What lab/speed.py compares are the same losses of the same networks."""
+import contextlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-SPEC = importlib.util.spec_from_file_location("speed", ROOT / "results" / "speed.py")
-speed = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(speed)
+import common
+from lab import methods, speed
+
 SMALL = dict(vocab_size=30, eos=0, rows="docs", seq_len=12, n_layer=1, n_head=2, n_embd=16)
 
 
@@ -27,8 +25,8 @@ def test_plain_training_has_the_same_loss_and_gradient(name):
     script, found = speed.SCRIPTS[name], []
     cfg, model, x0 = small(script)
     forward, inside = script.Model.forward, script.Attention.forward
-    loss_fn = speed.plain_ar if name == "ar" else speed.compare.loss
-    for loss, context in ((speed.compare.loss, speed.contextlib.nullcontext()),
+    loss_fn = speed.plain_ar if name == "ar" else methods.loss
+    for loss, context in ((methods.loss, contextlib.nullcontext()),
                           (loss_fn, speed.plainly(script))):
         with context:
             loss(script, model, cfg, x0, torch.Generator().manual_seed(2)).backward()
@@ -70,5 +68,5 @@ def test_parts_that_are_named_leave_the_others_as_they_were(tmp_path, monkeypatc
     speed.main(["b"])
     made = json.loads((tmp_path / "speed.json").read_text())
     assert (made["x"], made["y"], made["redone"]) == (1, 1, ["b"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(common.UserError, match="not c"):
         speed.main(["c"])

@@ -1,9 +1,9 @@
-"""What the parts of diffugpt_varlen.py's recipe are worth: `python results/adaptation.py` trains a
-parent (300 steps) and adapts it (300 steps of 16 rows) with each part changed alone, three seeds,
-measures bound and length law on the same stories, and writes results/adaptation.json and a figure
-for each question: start and shift, annealing, hidden tails, share of PADs.
+"""What the parts of diffugpt_varlen.py's recipe are worth: a parent trains 300 steps and is adapted
+(300 steps of 16 rows) with each part changed alone, three seeds; bound and length law are measured
+on the same stories.
 
-An interrupted comparison goes on where it stopped; `python results/adaptation.py draw` only draws.
+    python lab/adaptation.py        writes results/adaptation.json, four figures; goes on if stopped
+    python lab/adaptation.py draw   only the figures: start and shift, annealing, tails, PADs
 """
 import dataclasses
 import json
@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # `python lab/adaptation.py`
 import common_v1 as common
 import diffugpt_varlen as script
 
@@ -27,7 +28,7 @@ CASES = {  # name: what is changed
     "no tail rows": dict(p_tail=0.0),
     "5 % of masks are PAD": dict(pad_masked_perc=0.05),
 }
-TARGET = Path(__file__).with_suffix(".json")
+TARGET = ROOT / "results/adaptation.json"
 
 
 def run(name, changed, seed):
@@ -116,16 +117,18 @@ def draw(made):
         figure.savefig(TARGET.with_name(f"adaptation_{name}.png"))
 
 
-def main():
-    if sys.argv[1:] == ["draw"]:
+def main(argv):
+    if argv == ["draw"]:
         return draw(json.loads(TARGET.read_text()))
+    if argv:
+        raise common.UserError(f"unknown arguments {' '.join(argv)}: give none, or draw")
     script.grade = common.plot_loss = lambda *a, **k: None  # not needed here
     evaluate = script.evaluate
     script.evaluate = lambda model, cfg: evaluate(model, cfg, n=64)
     rows = [run(name, changed, seed) for seed in SEEDS for name, changed in CASES.items()]
     cfg = script.fill_in(script.Config())
     floor = script.get_eval_rows("val", cfg, 128)[1].double().mean().item()
-    made = dict(command="python results/adaptation.py", seed=SEEDS[0], seeds=SEEDS, steps=STEPS,
+    made = dict(command="python lab/adaptation.py", seed=SEEDS[0], seeds=SEEDS, steps=STEPS,
                 parent_steps=PARENT, floor=floor, torch=torch.__version__,
                 config={k: v for k, v in dataclasses.asdict(cfg).items()
                         if k not in ("data_dir", "steps", "parent_steps", "eval_every")},
@@ -139,4 +142,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    common.run_main(main)

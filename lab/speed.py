@@ -1,8 +1,9 @@
 """Measure speed, as ratios in one run: what all six scripts gain, and what they cost.
 
-    python results/speed.py              everything, seven minutes: writes results/speed.json
+    python lab/speed.py                  everything, seven minutes: writes results/speed.json
+    python lab/speed.py train sample     only these parts
 
-Parts, which may be named to measure only these again: memory (peak of training), start (--help and
+Parts: memory (peak of training), start (--help and
 the first step), train (against the same network trained plainly: fused attention, logits at every
 position, float32 or bfloat16; share of the machine's bfloat16 matrix products; loading of data)
 and sample (few calls and one token a call, against ar.py with its cache). Whatever is compared
@@ -12,7 +13,6 @@ import contextlib
 import functools
 import inspect
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,20 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT, TARGET = Path(__file__).resolve().parent.parent, Path(__file__).with_suffix(".json")
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # `python lab/speed.py`
 import ar
-import bit_diffusion
 import common
-import compare
-import diffugpt_varlen
 import dit_embed
-import mdlm
-import sdd
-from data.prepare import load_data
-from lab import decoding, mdlm_variants
+from lab import decoding, mdlm_variants, methods
+from lab.methods import IDEAS, Old, ancestral, default_sampler, device_of, script_of
 
-SCRIPTS = {s.__name__: s for s in (ar, mdlm, dit_embed, bit_diffusion, sdd, diffugpt_varlen)}
+TARGET = ROOT / "results/speed.json"
+SCRIPTS = {name: script_of(name) for name in IDEAS}
 BF16 = torch.autocast("cpu", torch.bfloat16)
 FP32 = torch.autocast("cpu", enabled=False)
 ONE = "ancestral"  # temperature 1, one token a step
@@ -68,14 +64,8 @@ def build(script):
     """The default Config of a script, a new network, its optimizers, a generator, and a function
     that draws a batch."""
     g = torch.Generator().manual_seed(0)
-    if compare.is_small(script):
-        cfg = script.Config()
-        data = load_data(cfg)
-        batch = functools.partial(script.get_batch, data.train, cfg, g)
-    else:
-        start = dict(init_from="scratch") if script is diffugpt_varlen else {}
-        cfg = script.fill_in(script.Config(**start))
-        batch = functools.partial(script.get_batch, "train", cfg, g)
+    cfg = script.Config(**(dict(init_from="scratch") if isinstance(script, Old) else {}))
+    batch = functools.partial(script.get_batch, script.load_data(cfg).train, cfg, g)
     torch.manual_seed(0)
     model = script.Model(cfg)
     return cfg, model, script.make_optimizers(model, cfg), g, batch
@@ -84,21 +74,22 @@ def build(script):
 def step(script, loss_fn, cfg, model, optimizers, g, batch, amp=BF16):
     """One optimizer step: data, loss, backward, both optimizers."""
     with amp:
-        loss = loss_fn(script, model, cfg, batch(), g)
+        loss = loss_fn(script, model, cfg, batch().to(device_of(model)), g)
+    loss.item()  # a GPU is waited for
     loss.backward()
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
 
 
-def plain_attend(q, k, v, seen=None, bias=None):
-    """PyTorch's fused attention, as on a GPU. seen: causal or not, or who looks where."""
+def plain_attend(q, k, v, seen=None):
+    """Old: PyTorch's fused attention, as on a GPU. seen: causal or not, or who looks where."""
     mask = seen if torch.is_tensor(seen) else None
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=seen is True)
 
 
 def plain_attention(self, x, positions, kv_cache=None):
-    """Attention.forward of the scripts on common.py with PyTorch's fused attention."""
+    """Attention.forward with PyTorch's fused attention."""
     B, T, C = x.shape
     q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
     q, k = (ar.rotate(F.rms_norm(y, y.shape[-1:]), positions) for y in (q, k))
@@ -117,22 +108,22 @@ def plain_ar(script, model, cfg, x0, g):
 def plainly(script):
     """In this context the network of a script has fused attention and computes logits everywhere;
     the loss takes those that it scores."""
-    Model, small = script.Model, compare.is_small(script)
+    Model, old = script.Model, isinstance(script, Old)
     forward, names = Model.forward, list(inspect.signature(Model.forward).parameters)[1:]
 
     def everywhere(self, *inputs, **named):
         given = dict(zip(names, inputs)) | named
-        target = given.pop("is_target" if small else "where", None)
+        target = given.pop("where" if old else "is_target", None)
         logits = forward(self, **given)
         return logits if target is None else logits[target]
 
     changed = dict(forward=everywhere)
-    if script is diffugpt_varlen:  # its loss asks for hidden states and then for their logits
+    if old:  # its loss asks for hidden states and then for their logits
         aligned, unembed = Model.aligned, Model.unembed
         changed = dict(aligned=lambda self, *inputs: unembed(self, aligned(self, *inputs)),
                        unembed=lambda self, logits: logits)
-    attention = mock.patch.object(script.Attention, "forward", plain_attention) if small else \
-        mock.patch.object(script, "attend", plain_attend)
+    attention = mock.patch.object(script.script, "attend", plain_attend) if old else \
+        mock.patch.object(script.Attention, "forward", plain_attention)
     with mock.patch.multiple(Model, **changed), attention:
         yield
 
@@ -152,11 +143,11 @@ def train():
     for name, script in SCRIPTS.items():
         made = cfg, model, *_, batch = build(script)
 
-        def take(context=contextlib.nullcontext(), loss_fn=compare.loss, amp=BF16):
+        def take(context=contextlib.nullcontext(), loss_fn=methods.loss, amp=BF16):
             with context:
                 step(script, loss_fn, *made, amp)
 
-        plain = plain_ar if script is ar else compare.loss
+        plain = plain_ar if script is ar else methods.loss
         works = dict(script=take, data=batch,
                      plain_bfloat16=lambda: take(plainly(script), plain),
                      plain_float32=lambda: take(plainly(script), plain, FP32),
@@ -193,8 +184,8 @@ def sample():
     default = {name: script.Config(**fixed, **first[name])
                for name, script in SCRIPTS.items()}
     networks = {name: script.Model(default[name]) for name, script in SCRIPTS.items()}
-    plans = {(name, ONE): compare.ancestral(SCRIPTS[name], cfg) for name, cfg in default.items()}
-    plans |= {(name, "default"): compare.default_sampler(SCRIPTS[name], cfg)
+    plans = {(name, ONE): ancestral(SCRIPTS[name], cfg) for name, cfg in default.items()}
+    plans |= {(name, "default"): default_sampler(SCRIPTS[name], cfg)
               for name, cfg in default.items() if name != "ar"}
     lab_model = mdlm_variants.Model(decoding.Config(**fixed))
     default_dit = plans["dit_embed", "default"]
@@ -204,7 +195,7 @@ def sample():
         def draw(key, cfg, context=contextlib.nullcontext()):
             g = torch.Generator().manual_seed(0)
             with BF16, context:
-                _, nfe[key] = compare.sample(SCRIPTS[key[0]], networks[key[0]], cfg, n, g)
+                _, nfe[key] = methods.sample(SCRIPTS[key[0]], networks[key[0]], cfg, n, g)
 
         def decode(how):
             with BF16:
@@ -242,10 +233,11 @@ def sample():
 
 def five_steps(name):
     """MiB that this process held at most, before and after five optimizer steps."""
+    import resource  # not on Windows
     script, made = SCRIPTS[name], build(SCRIPTS[name])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(5):
-        step(script, compare.loss, *made)
+        step(script, methods.loss, *made)
     return [before / 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]
 
 
@@ -254,8 +246,8 @@ def memory():
     process that starts another one holds."""
     out = {}
     for name in SCRIPTS:
-        code = f"import speed; print(speed.five_steps('{name}'))"
-        said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT / "results")
+        code = f"from lab import speed; print(speed.five_steps('{name}'))"
+        said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT)
         before, peak = json.loads(said.splitlines()[-1])
         out[f"memory_{name}"] = dict(mib=peak, mib_before=before)
     return out
@@ -266,7 +258,7 @@ def first_step(name):
     the first optimizer step, which comes after it. Data are prepared already."""
     with tempfile.TemporaryDirectory() as folder, open(f"{folder}/said", "w+") as said:
         command = f"{name}.py --steps 1 --eval-every 1000 --out {folder}/run" + (
-            " --init-from scratch" if name == "diffugpt_varlen" else "")
+            " --init-from scratch" if isinstance(SCRIPTS[name], Old) else "")
         log, seen, begun = Path(folder) / "run/log.jsonl", {}, time.perf_counter()
         process = subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, stdout=said,
                                    stderr=said)
@@ -299,9 +291,9 @@ PARTS = dict(memory=memory, start=start, train=train, sample=sample)
 def main(argv):
     """Measure all parts, or those that are named, write speed.json and print it."""
     if not set(argv) <= set(PARTS):
-        sys.exit(f"parts are {', '.join(PARTS)}")
+        raise common.UserError(f"parts are {', '.join(PARTS)}, not {' '.join(argv)}")
     out = json.loads(TARGET.read_text()) if argv else {}
-    out |= dict(command="python results/speed.py", seed=0, torch=torch.__version__,
+    out |= dict(command="python lab/speed.py", seed=0, torch=torch.__version__,
                 machine=common.machine(torch.device("cpu")), threads=torch.get_num_threads(),
                 bfloat16=common.pick_dtype("auto", torch.device("cpu")) == "bfloat16",
                 redone=sorted({*out.get("redone", []), *argv}))
@@ -316,4 +308,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    common.run_main(main)

@@ -1,0 +1,38 @@
+"""Keep the log of a run as a small file.
+
+    python lab/collect.py out/mdlm results/mdlm.jsonl
+
+The first line holds what made the numbers (command, config, seed, versions, hardware); then come
+the evaluations and samples, and one training row in 25.
+"""
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python lab/collect.py`
+import common
+
+
+def collect(out, target, every=25):
+    """Copy what made a run and its log into one small JSON-lines file."""
+    rows = [row for row in common.read_log(out)
+            if row["kind"] != "train" or row["step"] % every == 0]
+    if (Path(out) / "config.json").exists():  # Old: a script on common_v1.py has no such row
+        made = json.loads((Path(out) / "config.json").read_text())
+        del made["config"]["data_dir"]  # a path of the machine it ran on
+        rows.insert(0, dict(kind="config", **made))
+    if not rows:
+        raise common.UserError(f"no log of a run in {out}")
+    common.replace(Path(target), lambda file: file.writelines(
+        (json.dumps(row) + "\n").encode() for row in rows))
+    return len(rows)
+
+
+def main(argv):
+    if len(argv) != 2 or argv[0].startswith("-"):
+        raise common.UserError("usage: python lab/collect.py RUN_FOLDER TARGET.jsonl")
+    print(collect(*argv), "rows")
+
+
+if __name__ == "__main__":
+    common.run_main(main)

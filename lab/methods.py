@@ -1,0 +1,192 @@
+"""The six methods: how to load, train, sample and measure any of them by the same calls.
+
+    python lab/methods.py                            likelihood and a sample of every run in out/
+    python lab/methods.py --out my/runs --rows 500   of my/runs/ar, my/runs/mdlm and so on
+"""
+import ast
+import dataclasses
+import functools
+import hashlib
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # `python lab/methods.py`
+import common
+from data.units import report, tokens_of
+
+IDEAS = {  # in the order of the tables
+    "ar": "predict each token from the ones before it",
+    "mdlm": "mask tokens at random, predict the masked ones",
+    "dit_embed": "add Gaussian noise to embeddings, predict the tokens",
+    "bit_diffusion": "flip bits of token codes, predict the tokens",
+    "sdd": "show k weighted candidates a position, predict tokens",
+    "diffugpt_varlen": "adapt a causal GPT to diffusion, predict length",
+}
+
+
+# ---- the old interface: to be deleted once diffugpt_varlen.py has the functions of mdlm.py -------
+# With it go the lines that name `Old` or `old` here, in compare.py, speed.py and collect.py.
+
+class Old:
+    """diffugpt_varlen.py, which is on common_v1.py, with the functions of mdlm.py."""
+
+    def __init__(self, script):
+        self.script = script
+
+    def __getattr__(self, name):
+        return getattr(self.script, name)
+
+    def load_data(self, cfg):
+        """Here a split is its name, but for the training documents."""
+        data = self.script.open_data(self.script.fill_in(cfg).data_dir)
+        return SimpleNamespace(tokenizer=data.tokenizer, train=data.train, val="val", test="test")
+
+    def load(self, out):
+        """(model, Config, data) of the run in the folder `out`."""
+        import common_v1
+        cfg = common_v1.load_config(self.script.Config, out)
+        data = self.load_data(cfg)
+        model = self.script.Model(cfg).to(common.pick_device(cfg.device)).requires_grad_(False)
+        common_v1.load_weights(model, out)
+        return model, cfg, data
+
+    def get_batch(self, split, cfg, g):
+        return self.script.get_batch("train", cfg, g)
+
+    def corrupt(self, x0, cfg, g):
+        return cfg, g
+
+    def loss_fn(self, model, x0, cfg, g):
+        return self.script.loss_fn(model, x0, cfg, g)[0]
+
+    def evaluate(self, model, data, cfg, split, n):
+        row = self.script.evaluate(model, cfg, split, n)
+        return {"entropy_per_doc" if k == "floor_per_doc" else k: v for k, v in row.items()}
+
+    def sample(self, model, x, cfg, g, on_step=None):
+        """Without given tokens the script chooses the canvas."""
+        given = {} if (x == cfg.vocab_size).all() else dict(start=x)
+        trace = None if on_step is None else []
+        x, info = self.script.sample(model, cfg, len(x), g, trace=trace, **given)
+        for nfe, ids, *_ in trace or ():
+            on_step(nfe, ids)
+        return x, info["nfe"]
+
+
+# ---- one way to call all six ---------------------------------------------------------------------
+
+def script_of(name):
+    """The module of a method."""
+    script = importlib.import_module(name)
+    return Old(script) if hasattr(script, "open_data") else script
+
+
+@functools.cache
+def code_of(name):
+    """A fingerprint of a script that its comments, its docstrings and its last section, the command
+    line, do not change."""
+    tree = ast.parse((ROOT / f"{name}.py").read_text("utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(
+                body[0].value, ast.Constant):
+            body[0].value.value = ""
+    tree.body = [node for node in tree.body if getattr(node, "name", "") != "main"]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
+
+def load(name, out):
+    """(script, model, Config, data) of the run in the folder `out`."""
+    script = script_of(name)
+    if isinstance(script, Old):
+        return script, *script.load(out)
+    cfg = common.load_config(script.Config, out)
+    data = script.load_data(cfg)
+    model = common.load_model(script.Model, cfg, common.pick_device(cfg.device), data)[0]
+    return script, model.requires_grad_(False), cfg, data
+
+
+def device_of(model):
+    return next(model.parameters()).device
+
+
+def amp(model, cfg):
+    """The autocast context of a run."""
+    device = device_of(model)
+    return torch.autocast(device.type, torch.bfloat16,
+                          common.pick_dtype(cfg.dtype, device) == "bfloat16")
+
+
+def loss(script, model, cfg, x0, g):
+    """The training loss of the rows x0 (B, T)."""
+    if script.__name__ == "ar":
+        return script.loss_fn(model, x0, 1 / script.is_scored(x0, cfg).sum(), cfg)
+    return script.loss_fn(model, x0, *script.corrupt(x0, cfg, g))
+
+
+def sample(script, model, cfg, n, g, canvas=None, frames=None):
+    """n samples, or canvas (n, T) denoised: ids (n, T) and the NFE. `frames`, a list, gets (nfe,
+    ids) of the first row after each step."""
+    if canvas is None:
+        canvas = torch.full((n, cfg.seq_len), cfg.vocab_size)
+    watch = {} if frames is None else dict(
+        on_step=lambda nfe, x: frames.append((nfe, x[0].tolist())))
+    x, nfe = script.sample(model, canvas.to(device_of(model)), cfg, g, **watch)
+    if frames is not None:
+        frames.append((nfe, x[0].tolist()))
+    return x, nfe
+
+
+def ancestral(script, cfg):
+    """cfg with the sampler that the likelihood is about: temperature 1, one token a step."""
+    own = dict(order="random", num_steps=0, temperature=1.0, remask="none", sampler="token")
+    return dataclasses.replace(cfg, **{k: v for k, v in own.items() if hasattr(cfg, k)}) \
+        if script.__name__ != "ar" else cfg
+
+
+def default_sampler(script, cfg):
+    """cfg as `sample` draws; ar.py gets the temperature of most others."""
+    if isinstance(script, Old):
+        return script.fast(cfg)
+    return dataclasses.replace(cfg, temperature=0.5) if script.__name__ == "ar" else cfg
+
+
+def with_steps(script, cfg, steps):
+    """cfg with so many steps."""
+    return dataclasses.replace(cfg, **{
+        "sampling_steps" if isinstance(script, Old) else "num_steps": steps})
+
+
+@dataclass
+class Options:
+    out: str = "out"  # folder that holds runs named after their scripts
+    rows: int = 128  # test rows of the likelihood
+
+
+@torch.no_grad()
+def main(argv):
+    opt = tyro.cli(Options, args=argv, description=__doc__)
+    names = [name for name in IDEAS if (Path(opt.out) / name / "model.safetensors").exists()]
+    if not names:
+        raise common.UserError(f"no run of {', '.join(IDEAS)} in {opt.out}: train one, or choose "
+                               "another --out")
+    for name in names:
+        script, model, cfg, data = load(name, Path(opt.out) / name)
+        cfg = default_sampler(script, cfg)
+        with amp(model, cfg):
+            row = script.evaluate(model, data, cfg, "test", opt.rows)
+            x, nfe = sample(script, model, cfg, 1, torch.Generator().manual_seed(cfg.seed))
+        text = data.tokenizer.decode(tokens_of(x, cfg)[0])
+        print(f"{name}.py: {report(row)}\nNFE {nfe}, temperature {cfg.temperature:g}: "
+              f"{' '.join(text.split())}\n")
+
+
+if __name__ == "__main__":
+    common.run_main(main)

@@ -1,0 +1,68 @@
+"""lab/ngram.py: counts, weights, likelihoods and samples of n-gram models."""
+import collections
+import itertools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from lab.ngram import NGram
+
+
+def toy(order, V=5, N=60, T=12, seed=0):
+    """A model of random rows that end with their first 0, and the rows."""
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, V, (2 * N, T)) * (rng.random((2 * N, T)) < 0.9)
+    rows = np.where((rows == 0).cumsum(1) > 0, 0, rows)
+    cfg = SimpleNamespace(vocab_size=V, eos=0)
+    return NGram(order, rows[:N], rows[N:], cfg), rows[:N], rows[N:]
+
+
+def by_hand(model, rows, order, row, V):
+    """-log p of one row by dictionaries of tuples."""
+    def grams(r):
+        text = [V] * (order - 1) + list(r[:list(r).index(0) + 1 if 0 in r else len(r)])
+        return [[tuple(text[i - j + 1:i + 1]) for j in range(1, order + 1)]
+                for i in range(order - 1, len(text))]
+    counts, nats = collections.Counter(g for r in rows for some in grams(r) for g in some), 0
+    for some in grams(row):
+        p = [1 / V]
+        for gram in some:
+            total = sum(counts[(*gram[:-1], v)] for v in range(V))
+            p.append(counts[gram] / total if total else p[-1])
+        nats -= math.log(sum(w * q for w, q in zip(model.weights, p)))
+    return nats
+
+
+@pytest.mark.parametrize("order", (1, 2, 3))
+def test_ngrams_are_those_counted_by_hand_and_normalized(order):
+    """After every context, seen or not, BOS included: nothing is lost to smoothing."""
+    model, rows, others = toy(order)
+    expected = [by_hand(model, rows, order, row, 5) for row in others[:20]]
+    assert model.nll(others[:20]) == pytest.approx(np.array(expected), rel=1e-9)
+    for context in itertools.product(range(6), repeat=order - 1):
+        context = np.array(context, int).reshape(1, -1).repeat(5, 0)
+        p = model.parts(context, np.arange(5)) @ model.weights
+        assert p.sum() == pytest.approx(1) and (p > 0).all()
+
+
+def test_the_weights_of_an_ngram_are_those_of_most_likelihood():
+    model, _, others = toy(3)
+    best, rng = model.nll(others).sum(), np.random.default_rng(0)
+    for _ in range(30):
+        model.weights = rng.dirichlet(np.ones(4))
+        assert model.nll(others).sum() > best - 0.05
+
+
+def test_samples_of_an_ngram_obey_it():
+    model, *_ = toy(2)
+    x = model.sample(6000, 2, torch.Generator().manual_seed(0))
+    p = model.parts(np.full((5, 1), 5), np.arange(5)) @ model.weights
+    counts = np.bincount(x[:, 0], minlength=5)
+    assert abs(counts / 6000 - p).max() < 5 * (p * (1 - p) / 6000).max() ** 0.5
+    after = x[x[:, 0] == 3][:, 1]
+    p = model.parts(np.full((5, 1), 3), np.arange(5)) @ model.weights
+    error = abs(np.bincount(after, minlength=5) / len(after) - p).max()
+    assert error < 5 * (0.25 / len(after)) ** 0.5
