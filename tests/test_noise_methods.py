@@ -1,4 +1,4 @@
-"""What dit_embed.py, bit_diffusion.py and sdd.py have in common, with their variants in lab/: times,
+"""What dit_embed.py, bit_diffusion.py, sdd.py and their variants in lab/ have in common: times,
 windows, bounds of fresh networks and of what is not given, the view of the network, and what any
 sampler must do with exact posteriors. Their formulas are tested in files of their own."""
 import copy
@@ -436,8 +436,8 @@ SETTINGS = [
         dict(input="raw", cond="add", top_k=2, top_p=0.9, temperature=0.0))),
     *((SDD, change) for change in (
         REMASK | dict(temperature=0.5), dict(attention="full", guidance=0.7, **REMASK),
-        dict(sampler="deterministic", noise_window=1.0), dict(attention="full", sampler="ancestral"),
-        dict(sampler="deterministic", **REMASK), dict(k=1, add_likelihood="state", order="l2r"),
+        dict(sampler="deterministic", noise_window=1.0), dict(sampler="deterministic", **REMASK),
+        dict(attention="full", sampler="ancestral"), dict(k=1, add_likelihood="state", order="l2r"),
         dict(k=99, add_likelihood="none", temperature=0.0), dict(top_k=2, top_p=0.9),
         dict(candidates="posterior", guidance=0.5, **REMASK)))]
 
