@@ -198,14 +198,13 @@ def tokens_only(p, V, invalid):
 def reverse(model, lam_t, lam_s, kind, invalid="project", temperature=1.0):
     """p(word at s | state at t) of each position: (S, T, 2^K), and the number of positions that
     become the word of no token (S,). kind: token, a token drawn, or one product of a mixture; bit,
-    bits drawn one by one; plug-in, the expected bit put into Bayes' formula."""
+    bits drawn one by one."""
     n, T, K = 2 ** model.K, model.T, model.K
     here = all_rows(n, T)
     state, lam = words(K)[here], lam_t.expand(len(here), T)
     weight, each = model.predictions(state, lam, temperature, kind != "token")
     p = (weight[..., None] * each).sum(2)
     last = (weight[..., None] * tokens_only(each, model.V, invalid)).sum(2)
-    odds = model.odds(state, lam, temperature)
     out, lost = F.one_hot(here, n).double(), torch.zeros(len(here), dtype=torch.float64)
     for i in range(T):
         if lam_s[i] <= lam_t[i]:
@@ -213,11 +212,6 @@ def reverse(model, lam_t, lam_s, kind, invalid="project", temperature=1.0):
         if lam_s[i] >= CLEAN:
             lost += p[:, i, model.V:].sum(1)
             out[:, i] = last[:, i]
-        elif kind == "plug-in":
-            a_t, a_s = 2 * right(lam_t[i]) - 1, 2 * right(lam_s[i]) - 1
-            mean, b = (odds[:, i] / 2).tanh(), state[:, i]
-            up = 0.5 * (1 + (a_t / a_s * b + a_s * mean) / (1 + a_t * b * mean))
-            out[:, i] = independent(up.logit())
         else:
             out[:, i] = torch.einsum("sc,scd->sd", p[:, i],
                                      word_posterior(K, lam_t[i], lam_s[i])[here[:, i]])

@@ -60,26 +60,6 @@ class CausalTable(nn.Module):
         return joint
 
 
-def markov(V, T, seed=0, stick=0.0):
-    """Probabilities of all rows under a Markov chain: (V^T,)."""
-    g = generator(seed)
-    first = torch.rand(V, generator=g, dtype=torch.float64) + 0.1
-    step = torch.rand(V, V, generator=g, dtype=torch.float64) + 0.1 + stick * torch.eye(V)
-    first, step, rows = first / first.sum(), step / step.sum(1, keepdim=True), all_rows(V, T)
-    return first[rows[:, 0]] * step[rows[:, :-1], rows[:, 1:]].prod(1)
-
-
-def oracle(joint, V, T):
-    """The MaskTable that knows p(x_i | visible tokens) of a joint distribution (V^T,) exactly."""
-    model, rows = MaskTable(V, T), all_rows(V, T)
-    agree = ((model.states[:, None] == rows) | (model.states[:, None] == V)).all(2)
-    weight = agree * joint  # (states, V^T)
-    one_hot = nn.functional.one_hot(rows, V).double().flatten(1)
-    p = (weight @ one_hot).view(-1, T, V) / weight.sum(1)[:, None, None]
-    model.logits.data = p.clamp(min=1e-300).log()
-    return model.requires_grad_(False)
-
-
 def guided(model, is_given, w):
     """The table of p(. | x)^(1+w) / p(. | x without what is given)^w, renormalised."""
     table, p = MaskTable(model.V, model.T), model.p()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import bit_diffusion
-from bit_tables import (LOST, Oracle, chain, chain_bound, channel, independent, level, numbers,
+from bit_tables import (Oracle, chain, chain_bound, channel, independent, level, numbers,
                         odds_of, path, path_bound, posterior, right, settings, width, words)
 from lab import bit_variants
 from oracles import (all_rows, close, dirichlet, entropy, generator, legendre, mean_and_se,
@@ -99,30 +99,6 @@ def test_codes_count_up_in_the_order_of_code(monkeypatch):
             if kind == "semantic" and V == 8:
                 assert {frozenset(pair.tolist()) for pair in order.view(4, 2)} == \
                     {frozenset(pair.tolist()) for pair in PAIRS_OF}
-
-
-# ---- schedules and times
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_a_schedule_falls_from_clean_to_noise_with_its_stated_slope(name):
-    """(E1) 1 - a rises from 0 to 1 and lam = ln((1 + a) / (1 - a)) falls from CLEAN to 0; the
-    stated derivatives are those of autograd."""
-    t = torch.linspace(0, 1, 401, dtype=torch.float64).requires_grad_()
-    lost, slope = (f(t) for f in bit_diffusion.SCHEDULES[name])
-    assert lost[0] == 0 and lost[-1] == 1 and (lost.diff() > 0).all()
-    assert torch.allclose(slope + 0 * t, torch.autograd.grad(lost.sum(), t)[0], atol=1e-12)
-    assert torch.allclose(lost, torch.tensor([LOST[name](x) for x in t.tolist()]).double())
-    own = t.detach().float().double().requires_grad_()
-    lam, fall = (y[:, 0] for y in bit_diffusion.noise_levels(
-        own.detach()[:, None], torch.zeros(401, 1), config(T=1, schedule=name)))
-    assert lam[0] == CLEAN and lam[-1] == 0 and (lam.diff() < 0).all()
-    a = 1 - bit_diffusion.SCHEDULES[name][0](own)
-    log_odds = ((1 + a) / (1 - a)).log()
-    assert torch.allclose(lam[1:-1].double(), log_odds[1:-1], rtol=1e-6)
-    grad, = torch.autograd.grad(log_odds[1:-1].sum(), own)
-    assert torch.allclose(fall[1:-1], -grad[1:-1], rtol=1e-9)
-    assert fall[0] == 0 and fall[-1] == 0
 
 
 # ---- noise and its posterior
@@ -369,31 +345,6 @@ def test_the_bound_of_few_steps_is_unbiased_and_above_the_sampler(head, sampler,
 
 
 # ---- training
-
-
-@pytest.mark.parametrize("R", [0, 1])
-@pytest.mark.parametrize("window,prefix", [(1.0, 0.0), (0.2, 0.0), (0.4, 0.7)])
-def test_the_ce_loss_is_a_mean_of_means(R, window, prefix):
-    """(E1) cross-entropy, or BCE, where lam < CLEAN, averaged in each row, then over rows; times
-    are even over the batch; clean positions and prefixes are seen clean."""
-    wide = dict(V=11, T=9, noise_window=window, prefix=prefix) | head_of(R)
-    model, x0 = network(shake=0.3, **wide), torch.randint(11, (200, 9), generator=generator(1))
-    noise = flips, lam, _ = bit_variants.corrupt(x0, model.cfg, generator(2))
-    loss, is_noisy = bit_variants.loss_fn(model, x0, *noise), lam < CLEAN
-    out, cost = model(model.codes[x0] * flips, lam), torch.zeros(200, 9)
-    assert (flips[~is_noisy] == 1).all()
-    if R:
-        cost = F.binary_cross_entropy_with_logits(out, (model.codes[x0] > 0).float(),
-                                                  reduction="none").sum(2)
-    else:
-        cost = F.cross_entropy(out.transpose(1, 2), x0, reduction="none")
-    rows = [row[noisy].mean() for row, noisy in zip(cost, is_noisy) if noisy.any()]
-    assert loss.item() == pytest.approx((sum(rows) / 200).item(), rel=1e-4)
-    p = 1 / (1 + lam[is_noisy].double().exp())[:, None].expand(-1, 4)
-    assert abs(((flips[is_noisy] < 0).double() - p).sum()) < 4.5 * (p * (1 - p)).sum().sqrt()
-    if window == 1:  # one time in every 200th
-        t = (2 / (lam[:, 0].double().exp() + 1)).sqrt()
-        assert (t * 200 - torch.arange(200) - 0.5).abs().max() < 0.51
 
 
 @each_head

@@ -74,38 +74,7 @@ def test_positions_step_at_their_own_times(head, sampler, monkeypatch):
     assert chi_square(row_counts(x, 4), p) > 1e-3 and nfe == 6 and rate == 0
 
 
-def test_bits_are_not_drawn_by_the_plug_in():
-    """(V4) 16 steps with exact posteriors: the expected bit in Bayes' formula counts a noisy bit
-    twice and never arrives, the mixture of posteriors does; samples are of the latter."""
-    for head in ("token", "bit"):
-        model = Oracle(JOINT, 4, 2, head)
-        counts = row_counts(draw(model, 8000, 3, sampler="bit", num_steps=16)[0], 4)
-        assert chi_square(counts, chain(model, path(16, 2), "bit")[0]) > 1e-3
-        assert chi_square(counts, chain(model, path(16, 2), "plug-in")[0]) < 1e-6
-    gap = {(kind, steps): (chain(model, path(steps, 2), kind)[0] - JOINT).abs().sum()
-           for kind in ("bit", "plug-in") for steps in (16, 64)}
-    assert gap["bit", 64] < 0.5 * gap["bit", 16] and gap["plug-in", 64] > 0.9 * gap["plug-in", 16]
-
-
 # ---- codes of no token
-
-
-@pytest.mark.parametrize("V,order", [(3, [2, 0, 1]), (5, [4, 1, 0, 3, 2])])
-def test_project_draws_given_that_it_is_a_token_and_modulo_counts_on(V, order):
-    """(V3) one position, one step, bits that are often no token's: project is the product given
-    that the code is valid; modulo moves code V + n to code n."""
-    model, n = Oracle(dirichlet(V, 1, 1, 1.0), V, 1, "bit", order=order), 8000
-    odds = torch.tensor([0.6, -0.3, 0.4]).double()[:model.K]
-    model.answer = lambda bits, lam: odds.expand(*bits.shape)
-    p, want = independent(odds), torch.zeros(2, V).double()
-    for w in range(2 ** model.K):
-        want[0, order[w % V]] += p[w] * (w < V) / p[:V].sum()
-        want[1, order[w % V]] += p[w]
-    bad = p[V:].sum().item()
-    for invalid, q in zip(("project", "modulo"), want):
-        x, _, rate, _ = draw(model, n, 5, invalid=invalid, num_steps=1)
-        assert chi_square(x.flatten().bincount(minlength=V), q) > 1e-3
-        assert abs(rate - bad) < 5 * (bad * (1 - bad) / n) ** 0.5 and bad > 0.1
 
 
 def test_the_raw_rate_counts_only_what_was_to_be_drawn(capsys):
@@ -217,25 +186,6 @@ def gain(odds, own):
     """log p(own bits | a product), given the log-odds of its bits and those that own bits say."""
     return torch.logaddexp(F.logsigmoid(odds) + F.logsigmoid(own),
                            F.logsigmoid(-odds) + F.logsigmoid(-own)).sum(-1)
-
-
-def test_guidance_moves_samples_towards_what_the_prompt_favours():
-    """(V6) of one token after a prompt, p(. | c)^(1 + w) / p(.)^w but for a constant; over many
-    steps only nearly. Two evaluations a step, one without guidance or without given text."""
-    cube, shares = THREE.view(3, 3, 3), []
-    given, alone = (cube[1] / cube[1].sum()).sum(1), cube.sum((0, 2))
-    best = (given / alone).argmax()
-    for w in (0.0, 1.0, 3.0):
-        x = draw(three(), 4000, given=[1], noise_window=0.2, order="l2r", num_steps=24,
-                 guidance=w)[0]
-        p = given ** (1 + w) / alone ** w
-        shares.append((x[:, 1] == best).float().mean().item())
-        assert shares[-1] == pytest.approx((p[best] / p.sum()).item(), abs=0.025)
-    assert shares[2] > shares[0] + 0.012
-    for prompt, w, want in (([], 0.0, 6), ([], 2.0, 6), ([1], 0.0, 6), ([1], 2.0, 12)):
-        model = three()
-        nfe = draw(model, 4, given=prompt, num_steps=6, guidance=w)[1]
-        assert nfe == len(model.calls) == want
 
 
 # ---- orders, steps, the trajectory

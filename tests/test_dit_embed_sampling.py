@@ -124,7 +124,7 @@ def test_vectors_are_sampled_like_tokens(kind):
 # ---- two positions and three
 
 
-@pytest.mark.parametrize("sampler, steps", [("ancestral", 256), ("ddim", 512)])
+@pytest.mark.parametrize("sampler, steps", [("ancestral", 160), ("ddim", 256)])
 def test_many_steps_of_an_exact_denoiser_draw_the_rows(sampler, steps):
     """(V2) (V4) within 0.02 of their probabilities, the start at t = 1 included."""
     cfg = config(5, -7, sampler=sampler, num_steps=steps)
@@ -175,18 +175,6 @@ def test_guidance_adds_what_the_given_text_predicts(w, given, monkeypatch):
         assert (blank[:, 0] - (z[:, 0] - alpha * CIRCLE[1]) / sigma).abs().max() < 1e-3
         full, bare = model(z, lam)[target], model(blank, low)[target]
         assert torch.allclose(out, full + w * (full - bare), atol=1e-3)
-
-
-def test_guidance_tilts_the_distribution_towards_what_the_prompt_favours():
-    """(V5) p(x_2 | x_1) p(x_1 | x_2)^w, renormalised; nothing given or w = 0: one evaluation."""
-    row = JOINT.view(4, 4)[1]
-    for w in (0.0, 3.0):
-        cfg = config(6, -6, num_steps=32, guidance=w)
-        x, nfe, _ = frames(Oracle(JOINT, LINE, 2), cfg, prompt(1, T=2, V=4, n=4000))
-        tilted = row * (row / JOINT.view(4, 4).sum(0)) ** w
-        share = x[:, 1].bincount(minlength=4) / 4000
-        assert (share - tilted / tilted.sum()).abs().max() < 0.04 and nfe == (66 if w else 33)
-        assert frames(Oracle(JOINT, LINE, 2), cfg, 5)[1] == 33
 
 
 # ---- steps, trajectory

@@ -12,8 +12,8 @@ from lab import decoding, mdlm_variants
 from lab.mdlm_eval import nelbo_steps
 from lab.mdlm_variants import DRAWS, get_schedule
 from oracles import all_rows, chi_square, close, generator, mean_and_se, row_counts
-from tables import (MaskTable, ancestral, distribution, enumerate_nll, expected_cost, markov,
-                    oracle, pattern_costs, quadrature, unmask_count)
+from tables import (MaskTable, ancestral, distribution, enumerate_nll, expected_cost, pattern_costs,
+                    quadrature, unmask_count)
 
 SCHEDULES = ("linear", "cosine", "log-linear", "maskgit", "power2")
 LOSSES = ("mean_per_sequence", "mean_per_batch", "nelbo")
@@ -151,14 +151,13 @@ def test_the_bound_of_n_steps_is_above_the_n_step_sampler_and_tight_for_one(name
 def test_nelbo_is_unbiased_and_spreads_less_than_random_t():
     """(E4) stratified n: mean within 4 standard errors of the enumerated bound, for any K, and for
     K = 8 less variance than 8 iid t with independent masks and weight 1 / t."""
-    T, B = 6, 4000
-    model = oracle(markov(3, T, seed=2, stick=1.0), 3, T)
+    T, B, model = 4, 4000, MaskTable(T=4, seed=2)
     x0, g, iid = torch.zeros(B, T, dtype=torch.long), generator(2), 0
     truth = enumerate_nll(model, x0[:1], config())[0].item()
     for _ in range(8):
         t = torch.rand(B, generator=g)
         xt = mdlm_variants.mask_independently(x0, t, config(), g)
-        iid = iid + mdlm.masked_ce(model, x0, xt).sum(1) / t / 8
+        iid = iid + mdlm.masked_ce(model, x0, xt).sum(1).detach() / t / 8
     ours = [mdlm.nelbo(model, x0, config(), generator(K), K) for K in (8, 1, 5)]
     assert all(close(draws, truth, 4) for draws in (iid, *ours))
     assert ours[0].var() < 0.5 * iid.var()
@@ -223,36 +222,6 @@ def test_the_weighted_loss_is_the_bound_per_token_for_every_schedule(name, exact
             assert abs(mean - bound) > 1e-3 + 5 * se
 
 
-def test_the_weighted_loss_equals_the_published_formula():
-    """(E3) MDLM's: log-probabilities that exclude M and carry visible tokens over, total noise
-    sigma = -log(1 - t), weight sigma' / (exp(sigma) - 1); same times and masks."""
-    B, T, model = 64, 4, MaskTable(T=4, seed=6)
-    x0 = torch.randint(3, (B, T), generator=generator(1))
-    loss = loss_of(model, x0, config(loss="nelbo", exact_count=False, t_sampler="iid"),
-                   generator(2))
-    g = generator(2)
-    t = torch.rand(B, generator=g)
-    xt = torch.where(torch.rand(B, T, generator=g) < t[:, None], 3, x0)
-    logits = torch.cat((model(xt), torch.full((B, T, 1), -torch.inf)), 2)  # never predict M
-    logp = logits - logits.logsumexp(2, keepdim=True)
-    carry = torch.full_like(logp, -torch.inf).scatter(2, xt[..., None], 0.0)
-    logp = torch.where((xt != 3)[..., None], carry, logp)
-    sigma, dsigma = -torch.log1p(-t.double()), 1 / (1 - t.double())
-    nll = -logp.gather(2, x0[..., None])[..., 0] * (dsigma / torch.expm1(sigma))[:, None]
-    assert loss.item() == pytest.approx(nll.mean().item(), rel=2e-6)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("exact_count", [True, False])
-def test_no_gradient_reaches_logits_of_visible_positions(loss, exact_count):
-    """(E2) only masked positions are predicted; carry-over costs nothing."""
-    model, x0 = MaskTable(seed=7), torch.randint(3, (400, 3), generator=generator(1))
-    loss_of(model, x0, config(loss=loss, exact_count=exact_count), generator(2)).backward()
-    is_mask, touched = model.states == 3, (model.logits.grad != 0).any(2)
-    assert not touched[~is_mask].any() and touched[is_mask].float().mean() > 0.9
-    assert model.logits.grad.isfinite().all()
-
-
 # ---- the network
 
 
@@ -288,22 +257,6 @@ def test_conditioning_starts_as_no_conditioning_and_comes_alive(cond):
         few, many, moved = torch.tensor([[7, 1, 1, 1], [7, 7, 7, 1], [2, 0, 3, 7]])
         told = [model.embed_noise(idx[None]) for idx in (few, many, moved)]
         assert torch.equal(told[0], told[2]) and not torch.allclose(told[0], told[1])
-
-
-@pytest.mark.parametrize("cond", CONDITIONS)
-def test_every_parameter_learns_within_a_few_steps(cond):
-    """No gate is closed behind another: all weights have moved after six optimizer steps."""
-    model, cfg = tiny(cond)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizers, g = mdlm.make_optimizers(model, cfg), generator(1)
-    for _ in range(6):
-        model.zero_grad()
-        loss_of(model, torch.arange(6).expand(16, 6) % 7, cfg, g).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-    for name, p in model.named_parameters():
-        assert p.grad is not None and p.grad.abs().max() > 0, name
-        assert not torch.equal(p, before[name]), name
 
 
 def test_masked_logits_look_right_as_well_as_left():

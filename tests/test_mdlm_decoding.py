@@ -329,22 +329,6 @@ def test_after_the_first_eos_everything_is_eos():
     assert len(x) == 2 and x[1, 0].tolist() == [0, 1, 1, 1] and x[1, 1, 1:].tolist() == [1, 0, 1]
 
 
-@pytest.mark.parametrize("changes", [
-    dict(), dict(order="maxprob"), dict(ancestral=True, num_steps=4),
-    dict(order="l2r", num_steps=2)])
-def test_given_and_written_tokens_after_the_end_stay(changes):
-    """eos_fill: only masks become EOS, in every order, also where fewer are left than a step would
-    unmask; off unless asked for."""
-    model, EOS, open_ends = MaskTable(T=5, seed=12), 1, []
-    given = torch.tensor([M, M, M, M, 0]).expand(400, 5)
-    for flag in (True, False):
-        x = frames(model, config(seq_len=5, eos_fill=flag, eos=EOS, **changes), given)
-        assert ((x[:-1] == x[1:]) | (x[:-1] == M)).all()
-        assert (x[..., 4] == 0).all() and (x[-1, :, :4] == EOS).any()
-        open_ends.append((((x == EOS).cumsum(2) > 0) & (x == M))[1:].any().item())
-    assert open_ends == [False, True]
-
-
 def test_positions_that_look_like_the_end_are_unmasked_last():
     """eos_last under maxprob: the distribution of the order in which they come after all others,
     their tokens drawn from the same p; without it they come when they are confident."""
@@ -381,5 +365,3 @@ def test_what_is_masked_for_infilling_lies_in_the_document():
     for name, num in (("token", 12), ("span of 5", 8)):  # every place in a full row, equally often
         start = got[name][size == T].int().argmax(1).bincount(minlength=num)
         assert len(start) == num and stats.chisquare(start.numpy()).pvalue > 1e-3
-
-

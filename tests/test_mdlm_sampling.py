@@ -11,7 +11,7 @@ import mdlm
 from lab import decoding
 from lab.decoding import decode
 from lab.mdlm_eval import fixed_order_nll
-from lab.mdlm_variants import Model, get_schedule
+from lab.mdlm_variants import get_schedule
 from tables import (MaskTable, all_rows, ancestral, chi_square, confidence, distribution,
                     enumerate_nll, first_positions, fixed_order, generator, one_by_one,
                     row_counts, transition, unmask_count)
@@ -73,8 +73,8 @@ def test_mdlm_samples_two_tokens_at_once(order):
     assert chi_square(counts, want) > 1e-3 and nfe == 2
 
 
-@pytest.mark.parametrize("name, steps, n", [("linear", 1000, 3000), *itertools.product(
-    ("linear", "cosine"), (1, 2, 4, 16), (40_000,))])
+@pytest.mark.parametrize("name, steps, n", [("linear", 500, 3000), *itertools.product(
+    ("linear", "cosine"), (1, 4, 16), (20_000,))])
 def test_the_ancestral_sampler_is_a_product_of_transition_matrices(name, steps, n):
     """(E5) chi-square; a row alone costs at most one evaluation a token."""
     model = MaskTable(seed=steps)
@@ -215,23 +215,6 @@ def test_masks_disappear_and_tokens_stay(changes):
     for remask in ("none", "conf") if "order" in changes else ():
         cfg = config(num_steps=3, remask=remask, top_p=0.9, **changes)
         assert torch.equal(frames(model, cfg, 200), frames(model, cfg, 200, sample=mdlm.sample))
-
-
-@EVERY_SAMPLER
-def test_every_sampler_runs_under_bfloat16_autocast(changes):
-    """Confidences stay float32 there: a matrix product would round them to eight bits."""
-    torch.manual_seed(0)
-    model = Model(config(vocab_size=7, seq_len=8, n_layer=2, n_head=2, n_embd=16))
-    torch.nn.init.normal_(model.head.weight)
-    x = torch.full((3, 8), 7)
-    x[:, 0] = 1
-    for more in (dict(remask="conf") if "order" in changes else {}, dict(cache="dual", block=4),
-                 dict(guidance=1.0)):
-        cfg = config(vocab_size=7, seq_len=8, num_steps=4, **changes, **more)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert (frames(model, cfg, x)[-1][:, 0] == 1).all()
-            score = mdlm.ORDERS[cfg.order](torch.randn(50, 7).log_softmax(1), torch.arange(50))
-        assert score.dtype == torch.float32
 
 
 def test_fixed_order_nll_is_the_likelihood_of_unmasking_in_a_fixed_order():

@@ -9,40 +9,50 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import stats
 
 import bit_diffusion
 import bit_tables
 import dit_embed
 import gauss_tables
+import mdlm
 import sdd
 import sdd_tables
-from lab import bit_variants, dit_variants, sdd_variants
+from lab import bit_variants, dit_variants, mdlm_variants, sdd_variants
 from oracles import (all_rows, chi_square, close, conditional, dirichlet, generator,
                      independent_rows, row_by_row, row_counts)
 
 HIGH, LOW = 5.0, -6.0  # of dit_embed's levels here
 THREE = dirichlet(3, 3, seed=2)  # of rows of three tokens, V = 3
+LOST = {"linear": lambda t: t, "quadratic": lambda t: t * t,
+        "cosine": lambda t: (math.pi / 2 * t).sin() ** 2}  # 1 - agreement of bits
 DIT = SimpleNamespace(
     script=dit_embed, lab=dit_variants, clean=HIGH, nothing=LOW,
     oracle=lambda joint, T, tilt=0.0: gauss_tables.Oracle(joint, gauss_tables.CIRCLE, T, tilt),
     config=lambda V, T, **changes: gauss_tables.config(
         dit_variants.Config, HIGH, LOW, V, T, **dict(d=2, emb_norm=1.0) | changes),
-    level=lambda own: (HIGH + (LOW - HIGH) * own, HIGH - LOW),
+    level=lambda own, schedule: HIGH + (LOW - HIGH) * own,
     calls=lambda model: [(lam, target) for _, lam, target, _ in model.calls])
 BIT = SimpleNamespace(
     script=bit_diffusion, lab=bit_variants, clean=bit_diffusion.CLEAN, nothing=0.0,
     oracle=lambda joint, T, tilt=0.0: bit_tables.Oracle(joint, 3, T, tilt=tilt),
     config=lambda V, T, **changes: bit_variants.Config(**bit_tables.settings(V, T, **changes)),
-    level=lambda own: ((2 / own ** 2 - 1).log(), 4 / (own * (2 - own ** 2))),
+    level=lambda own, schedule: (2 / LOST[schedule](own) - 1).log(),
     calls=lambda model: [(lam, target) for _, lam, target in model.calls])
 SDD = SimpleNamespace(
     script=sdd, lab=sdd_variants, clean=2, nothing=0,
     oracle=lambda joint, T, tilt=0.0: sdd_tables.Oracle(joint, 3, T, tilt),
     config=lambda V, T, **changes: sdd_variants.Config(**sdd_tables.settings(V, T, **changes)),
-    level=lambda own: (-8 * own.log(), 8 / own),
+    level=lambda own, schedule: 2 * math.log(300) * (
+        -own.log() if schedule == "exponential" else 1 / own - 1),
     calls=lambda model: [(1 + (logp[..., 0] == 0).int() - (logp[..., -1] == 0).int(), target)
                          for _, logp, target in model.calls])  # 0 nothing known, 1 noisy, 2 clean
+MDLM = SimpleNamespace(
+    script=mdlm, config=lambda V, T, **changes: mdlm_variants.Config(**dict(
+        vocab_size=V, seq_len=T, n_head=2, n_embd=16) | changes),
+    lab=SimpleNamespace(Model=mdlm_variants.Model, corrupt=mdlm_variants.corrupt,
+                        loss_fn=mdlm.loss_fn, nelbo=mdlm.nelbo))  # where it is like the others
 METHODS = {"dit_embed": DIT, "bit_diffusion": BIT, "sdd": SDD}
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
@@ -110,27 +120,31 @@ def test_times_are_reassigned_by_score_among_those_that_wait(method):
         assert torch.equal(by_score, old[mask].sort(descending=True).values)
 
 
-@each_method
-@pytest.mark.parametrize("window", [0.05, 0.5, 1.0])
-def test_every_position_goes_from_noise_to_token_in_its_window(method, window):
-    """Own time (t - tau) / w, clamped; the stated level of it and its slope in t, 0 at both ends;
-    clean at t = 0, nothing known at t = 1; what is given is clean at all times."""
-    cfg, shape = method.config(3, 24, noise_window=window), (50, 24)
+@pytest.mark.parametrize("method, schedule, window", [
+    (DIT, "logsnr", 0.05), (DIT, "logsnr", 1.0), (BIT, "quadratic", 0.05), (BIT, "cosine", 0.5),
+    (BIT, "linear", 1.0), (SDD, "exponential", 0.05), (SDD, "exponential", 1.0),
+    (SDD, "rational", 0.5)], ids=lambda k: getattr(getattr(k, "script", k), "__name__", str(k)))
+def test_every_position_goes_from_noise_to_token_in_its_window(method, schedule, window):
+    """Own time (t - tau) / w, clamped; the stated level of it, and its derivative in t, 0 at both
+    ends; clean at t = 0, nothing known at t = 1; what is given is clean at all times."""
+    cfg, shape = method.config(300, 24, noise_window=window, schedule=schedule), (50, 24)
+    module = sdd_variants if schedule == "rational" else method.script
     is_given = torch.rand(shape, generator=generator(4)) < 0.2
     tau = method.script.position_times(shape, cfg, generator(1), is_given)
     clean = HIGH if method is DIT else method.script.CLEAN
     for t in torch.linspace(0, 1, 81):
-        *_, level, slope = method.script.noise_levels(t.expand(50, 1), tau, cfg)
+        *_, level, slope = module.noise_levels(t.expand(50, 1), tau, cfg)
         own = ((t - tau) / window).double().clamp(0, 1)
-        want, rate = method.level(own.clamp(min=1e-30))
-        want = want.clamp(max=clean)
-        assert torch.allclose(level.double(), want, rtol=1e-4, atol=2e-4)
-        moves = (own > 1e-9) & (own < 1 - 1e-5) & (want < clean - 1e-3)
-        stays = (own == 0) | (own == 1)
-        assert torch.allclose(slope[moves].double(), (rate / window + 0 * own)[moves], rtol=1e-3)
-        assert (slope[stays] == 0).all() and (level[is_given] - clean).abs().max() < 1e-5
-    assert (level[~is_given] - method.level(torch.ones(()))[0]).abs().max() < 2e-4
-    assert (method.script.noise_levels(0.0, tau, cfg)[-2] - clean).abs().max() < 1e-5
+        want = method.level(own.clamp(min=1e-30), schedule).clamp(max=clean)
+        assert torch.allclose(level.double(), want, rtol=1e-4, atol=3e-4)
+        moves = (own > 1e-6) & (own < 1 - 1e-5) & (want < clean - 1e-3)
+        h = 1e-4 * torch.minimum(own, 1 - own).clamp(min=1e-9)
+        rate = (method.level(own - h, schedule) - method.level(own + h, schedule)) / (2 * h)
+        assert torch.allclose(slope[moves].double() * window, rate[moves], rtol=2e-3)
+        assert (slope[(own == 0) | (own == 1)] == 0).all()
+        assert (level[is_given] - clean).abs().max() < 1e-5
+    assert (level[~is_given] - method.nothing).abs().max() < 2e-4
+    assert (module.noise_levels(torch.zeros(50, 1), tau, cfg)[-2] - clean).abs().max() < 1e-5
 
 
 # ---- lab and script, prefixes
@@ -243,6 +257,40 @@ def test_a_bound_given_some_tokens_is_that_of_the_others(method, window):
             == 0).all()
 
 
+# ---- losses
+
+
+@each_method
+@pytest.mark.parametrize("window", [1.0, 0.2])
+def test_the_loss_is_a_mean_of_means(method, window, monkeypatch):
+    """Cross-entropy of what is not clean, averaged in each row, then over rows; a row's time is one
+    in every 200th; the noise has its distribution."""
+    model, cfg = network(method, V=300, noise_window=window)
+    seen, predict = [], sdd.predict
+    monkeypatch.setattr(sdd, "predict", lambda *args: seen.append(predict(*args)[0]) or (
+        seen[-1], None))
+    if method is not SDD:
+        model.register_forward_hook(lambda m, args, out: seen.append(out))
+    x0 = torch.randint(300, (200, 6), generator=generator(1))
+    noise = method.script.corrupt(x0, cfg, generator(2))
+    loss = method.script.loss_fn(model, x0, *noise)
+    level, other = noise[:2] if method is not BIT else noise[1::-1]
+    is_noisy = level < (HIGH if method is DIT else method.script.CLEAN) - 1e-5
+    cost = torch.zeros(200, 6)
+    cost[is_noisy] = F.cross_entropy(seen[0].detach(), x0[is_noisy], reduction="none")
+    rows = [row[noisy].mean() for row, noisy in zip(cost, is_noisy) if noisy.any()]
+    assert loss.item() == pytest.approx((sum(rows) / 200).item(), rel=1e-4)
+    if window == 1:
+        edges = method.level((torch.arange(201) / 200).clamp(min=1e-30).double(), cfg.schedule)
+        assert (level[:, 0] <= edges[:-1] + 1e-3).all() and (level[:, 0] >= edges[1:] - 1e-3).all()
+    if method is BIT:
+        p = 1 / (1 + level[is_noisy].double().exp())[:, None].expand(-1, 9)
+        wrong = (other * model.codes[x0] < 0)[is_noisy].double()
+        assert abs((wrong - p).sum()) < 4.5 * (p * (1 - p)).sum().sqrt()
+    else:
+        assert stats.kstest(other[other != 0][:20_000].numpy(), "norm").pvalue > 1e-3
+
+
 # ---- the network
 
 
@@ -300,7 +348,8 @@ def test_every_position_sees_every_other_of_its_row_and_no_other_row(method, kin
 LEARNERS = NETWORKS + [(DIT, dict(prediction_type="eps", self_cond=1.0, loss="vlb", order="random",
                                   sampler="ancestral")), (BIT, dict(loss="nelbo")),
                        (SDD, dict(k=4, loss="nelbo")),
-                       (SDD, dict(k=4, process="original", attention="full"))]
+                       (SDD, dict(k=4, process="original", attention="full")),
+                       *((MDLM, dict(cond=cond)) for cond in ("none", "add", "table", "adaln"))]
 
 
 @pytest.mark.parametrize("method, kind", LEARNERS, ids=lambda k: " ".join(
@@ -308,7 +357,8 @@ LEARNERS = NETWORKS + [(DIT, dict(prediction_type="eps", self_cond=1.0, loss="vl
 def test_every_parameter_learns_within_a_few_steps_and_all_is_finite(method, kind):
     """No gate is closed behind another; every weight has exactly one optimizer; losses, gradients
     and bounds are finite at both ends and under autocast, where bounds hardly change."""
-    model, cfg = network(method, shake=0.0, noise_window=0.5, lr=1e-3, n_layer=2, **kind)
+    kind = dict(n_layer=2, **kind) | (dict(noise_window=0.5) if method is not MDLM else {})
+    model, cfg = network(method, shake=0.0, lr=1e-3, **kind)
     before, x0 = copy.deepcopy(model.state_dict()), torch.arange(6).expand(16, 6) % 11
     optimizers, g = method.script.make_optimizers(model, cfg), generator(1)
     for _ in range(6):
@@ -321,7 +371,7 @@ def test_every_parameter_learns_within_a_few_steps_and_all_is_finite(method, kin
         assert idle or not torch.equal(p, before[name]), name
     owned = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
     assert sorted(owned) == sorted(map(id, model.parameters()))
-    model, _ = network(method, noise_window=0.5, n_layer=2, **kind)
+    model, _ = network(method, **kind)
     bounds = []
     for cast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=cast):

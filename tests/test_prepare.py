@@ -186,22 +186,16 @@ def test_gpt2_ids_are_those_of_an_independent_implementation(gpt2, tmp_path):
 
 @needs_shared
 def test_gpt2_truncated_is_a_prefix_of_gpt2(gpt2):
+    """The same ids where they are all in it, shorter pieces elsewhere."""
     full, small = gpt2(), gpt2(1000)
     assert small.vocab_size == 1000 and small.eos == 999
-    text = (SHARED / "tinystories.txt").read_text()[:60_000]
-    words = [" " + w for w in dict.fromkeys(text.split())]
-    same = cut = 0
-    for word, ids, short in zip(words, full.encode_batch(words), small.encode_batch(words)):
-        if max(ids) < 999:
-            same += 1
-            assert short == ids
-        else:
-            cut += 1
-            assert len(short) > len(ids) and small.decode(short) == word
-    assert same > 100 and cut > 100
+    words = [" " + w for w in (SHARED / "tinystories.txt").read_text()[:60_000].split()]
+    pairs = list(zip(full.encode_batch(words), small.encode_batch(words)))
+    same = [short == ids for ids, short in pairs if max(ids) < 999]
+    longer = [len(short) > len(ids) for ids, short in pairs if max(ids) >= 999]
+    assert all(same + longer) and len(same) > 100 and len(longer) > 100
     round_trip(small)
-    assert gpt2(257).vocab_size == 257 and len(gpt2(257).encode("hello")) == 5
-    assert small.fingerprint != gpt2(1001).fingerprint
+    assert gpt2(257).vocab_size == 257 and small.fingerprint != gpt2(1001).fingerprint
 
 
 def test_hub_tokenizer_from_a_local_file(tmp_path, stories, cache):
@@ -540,20 +534,6 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(tmp_path, cache, capsys,
         assert err.count("\n") == 1 and err.startswith("error: "), (args, err)
         assert all(word in err for word in words), (args, err)
         assert not leftovers(cache), (args, leftovers(cache))
-
-
-def test_unreadable_file_and_unwritable_cache(tmp_path, stories):
-    if os.geteuid() == 0:
-        pytest.skip("root may read and write everything")
-    locked = tmp_path / "locked"
-    locked.mkdir(mode=0o500)
-    with pytest.raises(UserError, match="TEXT_DIFFUSION_CACHE"):
-        P.prepare(stories[0], "byte", cache=locked / "cache", quiet=True)
-    secret = tmp_path / "secret.txt"
-    secret.write_text("x")
-    secret.chmod(0)
-    with pytest.raises(UserError, match="secret.txt"):
-        P.prepare(secret, "byte", cache=tmp_path / "cache", quiet=True)
 
 
 def test_the_command_line_as_a_user_runs_it(stories, cache):

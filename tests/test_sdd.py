@@ -13,12 +13,10 @@ from scipy import stats
 import common
 import sdd
 from lab import sdd_variants as lab
-from oracles import all_rows, close, dirichlet, generator, mean_and_se, row_by_row
-from sdd_tables import LEVEL, Oracle, chain_bound, path, path_bound, settings, unit
+from oracles import all_rows, dirichlet, generator, mean_and_se, row_by_row
+from sdd_tables import Oracle, chain_bound, path, path_bound, settings
 
 CLEAN = sdd.CLEAN
-SCHEDULES = ("exponential", "rational")
-CORRELATED = (0.2 * torch.eye(4) + 0.0125).flatten().double()  # V = 4, T = 2: mostly equal tokens
 TWO = torch.tensor([0.5, 0.12, 0.06, 0.32]).double()  # V = 2, T = 2
 
 
@@ -91,25 +89,6 @@ def test_a_state_holds_the_top_of_the_posterior_and_the_other_mass(V, k):
         assert torch.equal(a, b)  # without ties
 
 
-def test_candidates_of_nothing_are_random():
-    """(E3) precision 0: log p = -ln V for k tokens, the others have 1 - k / V; every slot and pair
-    is uniform, no token twice, a seed fixes them; rows that are not flat stay as they are."""
-    V, k, n = 12, 5, 6000
-    z = torch.zeros(n + 1, V)
-    z[-1, [3, 7, 2, 1, 0]] = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
-    ids, logp = lab.top_k_state(z, k, generator(1))
-    assert ids[-1].tolist() == [3, 7, 2, 1, 0]
-    ids, logp = ids[:-1], logp[:-1]
-    assert torch.allclose(logp[:, :k], torch.tensor(-math.log(V)))
-    assert torch.allclose(logp[:, -1], torch.tensor(math.log(1 - k / V)))
-    assert (ids.sort(1).values.diff(dim=1) > 0).all()
-    for slot in range(k):
-        assert stats.chisquare(ids[:, slot].bincount(minlength=V).numpy()).pvalue > 1e-3
-    pairs = (ids[:, 0] * V + ids[:, 1]).bincount(minlength=V * V).view(V, V)
-    assert stats.chisquare(pairs[~torch.eye(V).bool()].numpy()).pvalue > 1e-3
-    assert torch.equal(lab.top_k_state(z, k, generator(1))[0][:-1], ids)
-
-
 def test_the_input_tells_clean_unknown_and_noisy_positions_apart():
     """(E3) clean: log p 0 at its token; unknown: all others have it; in between: the state of its
     own z, in the order of positions."""
@@ -124,29 +103,6 @@ def test_the_input_tells_clean_unknown_and_noisy_positions_apart():
     assert logp[unknown].tolist() == 2 * [[nothing, nothing, nothing, 0]]
     for got, want in zip((ids, logp), sdd.top_k_state(z, k)):
         assert torch.equal(got[sdd.between(prec)], want)
-
-
-# ---- precision and times
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("V", [3, 2048])
-def test_precision_falls_from_clean_to_nothing_with_its_stated_slope(name, V):
-    """(E4) own time 0: CLEAN, 1: nothing; -ln t or 1 / t - 1 times 2 ln V, at least 8; monotone;
-    the slope is the finite difference, 0 at both ends."""
-    cfg = config(V, 1, schedule=name)
-    t = torch.linspace(0, 1, 501, dtype=torch.float64)[:, None]
-    prec, slope = (y[:, 0] for y in lab.noise_levels(t, torch.zeros(501, 1), cfg))
-    assert prec.dtype == torch.float32 and slope.dtype == torch.float64
-    assert prec[0] == CLEAN and prec[-1] == 0 and slope[0] == slope[-1] == 0
-    want = [min(CLEAN, unit(V) * LEVEL[name](x)) for x in t[1:, 0].tolist()]
-    assert torch.allclose(prec[1:].double(), torch.tensor(want).double(), rtol=1e-6)
-    way = sdd.between(prec)
-    assert way[-2] and (prec[way].diff() < 0).all() and torch.equal(way, slope > 0)
-    own, h = t[:, 0][way].tolist(), 1e-6
-    rate = [unit(V) * (LEVEL[name](x * (1 - h)) - LEVEL[name](x * (1 + h))) / (2 * h * x)
-            for x in own]
-    assert torch.allclose(slope[way], torch.tensor(rate, dtype=torch.float64), rtol=1e-6)
 
 
 # ---- self-likelihood and candidates that suit the context
@@ -222,15 +178,6 @@ def test_posterior_candidates_are_the_top_of_what_the_network_said():
 # ---- the bound
 
 
-def test_precision_runs_from_nothing_to_clean():
-    """(E6) a network that always says 1 / V, without self-likelihood, pays 1/2 (1 - 1 / V) for
-    every unit of precision, and there are CLEAN of them."""
-    wide = dict(V=3, T=3, add_likelihood="none", noise_window=0.2, schedule="rational")
-    x0 = torch.randint(3, (192, 3), generator=generator(1))
-    nats = lab.nelbo(network(**wide), x0, config(**wide), generator(2), 16)
-    assert close(nats, 3 * CLEAN * 0.5 * (1 - 1 / 3), 4) and nats.std() < nats.mean()
-
-
 def test_the_bound_of_any_network_stays_above_the_entropy():
     """(E6) posterior candidates are made of z alone, no truth leaks: a random network on tokens
     that are independent and uniform pays more than T ln V, in few steps too."""
@@ -240,26 +187,6 @@ def test_the_bound_of_any_network_stays_above_the_entropy():
     for nats in (lab.nelbo(model, x0, cfg, generator(6)),
                  lab.nelbo_steps(model, x0, cfg, generator(6), 8)):
         assert nats.mean() > 4 * math.log(5) + 4 * nats.std() / len(nats) ** 0.5
-
-
-@pytest.mark.parametrize("window, schedule", [(0.2, "exponential"), (1.0, "rational")])
-def test_the_estimate_of_an_exact_posterior_is_minus_log_p(window, schedule):
-    """(E4) (E6) nelbo() with four tokens and k = V, every one of 16 rows, within 4.5 standard
-    errors; the entropy, too. The same draws cost more when the network sees one candidate a
-    position, and when it errs."""
-    cfg, times = config(noise_window=window, schedule=schedule), 240
-    x0 = all_rows(4, 2).repeat_interleave(times, 0)
-    exact, few, tilted = (lab.nelbo(Oracle(CORRELATED, 4, 2, tilt, k), x0, cfg, generator(3), 6)
-                          for tilt, k in ((0, 4), (0, 1), (1.2, 4)))
-    assert row_by_row(exact, -CORRELATED.log(), times)
-    for worse in (few, tilted):
-        gap = (worse - exact).view(16, times)
-        se = (CORRELATED * gap.std(1) / times ** 0.5).square().sum().sqrt()
-        gap = (CORRELATED * gap.mean(1)).sum()
-        if worse is few and window < 0.5:  # one position at a time, all others clean or unknown
-            assert gap.abs() < 1e-3
-        else:
-            assert gap > 4 * se and gap > 0.01
 
 
 @pytest.mark.parametrize("window, schedule", [(1.0, "rational"), (0.3, "exponential"),
@@ -301,33 +228,6 @@ def test_the_bound_of_few_steps_is_unbiased(sampler, monkeypatch):
 
 
 # ---- training
-
-
-@pytest.mark.parametrize("window", [1.0, 0.2])
-def test_the_ce_loss_is_a_mean_of_means(window, monkeypatch):
-    """(E1) (E4) cross-entropy of what is not clean, averaged in each row, then over rows; z has the
-    distribution of its precision; a row's time is one in every 200th."""
-    V, seen, predict = 11, [], sdd.predict
-    monkeypatch.setattr(sdd, "predict",
-                        lambda *args: seen.append((*args, predict(*args))) or seen[-1][-1])
-    wide = dict(V=V, T=9, k=4, noise_window=window)
-    model, cfg = network(shake=0.3, **wide), config(**wide)
-    x0 = torch.randint(V, (200, 9), generator=generator(1))
-    loss = sdd.loss_fn(model, x0, *sdd.corrupt(x0, cfg, generator(2)))
-    (_, x, prec, z, target, (out, _)), = seen
-    assert torch.equal(x, x0) and torch.equal(target, prec < CLEAN)
-    cost = torch.zeros(200, 9)
-    cost[target] = -out.log_softmax(1)[torch.arange(len(out)), x0[target]]
-    rows = [row[w].mean() for row, w in zip(cost, target) if w.any()]
-    assert loss.item() == pytest.approx((sum(rows) / 200).item(), rel=1e-4)
-    level = prec[sdd.between(prec)][:, None]
-    eps = (z - level * F.one_hot(x0[sdd.between(prec)], V)) / level.sqrt()
-    eps = eps.double().flatten()
-    assert abs(eps.mean()) < 4.5 / len(eps) ** 0.5
-    assert abs(eps.square().mean() - 1) < 4.5 * (2 / len(eps)) ** 0.5
-    if window == 1:
-        t = (-prec[:, 0].double() / unit(V)).exp() * 200
-        assert (t - torch.arange(200) - 0.5).abs().max() < 0.51
 
 
 @pytest.mark.parametrize("window, schedule", [(1.0, "rational"), (0.6, "exponential")])
@@ -499,23 +399,6 @@ def test_the_network_is_what_its_description_says(attention):
         assert model(ids, logp, torch.zeros(3, 6).bool()).shape == (0, 11)
         model.head.weight.data *= 100
         assert 9.9 < model(ids, logp).abs().max() <= 10
-
-
-@ATTENTION
-def test_only_what_has_probability_is_seen(attention):
-    """(E3) a candidate without any has no influence, so K may grow; nor have the ids of unknown
-    positions and those after the first of clean ones."""
-    model, (ids, logp) = network(shake=0.3, attention=attention, **SHAPES), some_states()
-    out, clean = model(ids, logp), logp[..., 0] == 0
-    for nothing in (-math.inf, -100.0):
-        more = torch.cat((logp[..., :-1], torch.full((3, 6, 5), nothing), logp[..., -1:]), 2)
-        assert torch.allclose(model(F.pad(ids, (0, 5), value=7), more), out, atol=1e-5)
-    other = ids.clone()
-    other[logp[..., -1] == 0] = 7
-    other[..., 1:][clean] = 5
-    assert not torch.equal(other, ids) and torch.equal(model(other, logp), out)
-    other[..., 0][clean] = (other[..., 0][clean] + 1) % 11
-    assert (model(other, logp) - out).abs().amax((1, 2)).min() > 1e-3
 
 
 @ATTENTION
