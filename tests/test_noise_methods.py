@@ -266,18 +266,18 @@ def test_the_loss_is_a_mean_of_means(method, window, monkeypatch):
     """Cross-entropy of what is not clean, averaged in each row, then over rows; a row's time is one
     in every 200th; the noise has its distribution."""
     model, cfg = network(method, V=300, noise_window=window)
-    seen, predict = [], sdd.predict
-    monkeypatch.setattr(sdd, "predict", lambda *args: seen.append(predict(*args)[0]) or (
-        seen[-1], None))
+    seen, predict = [], sdd.predict  # (what is shown, logits)
+    monkeypatch.setattr(sdd, "predict",
+                        lambda *args: seen.append((args[3], predict(*args)[0])) or (seen[-1][1], 0))
     if method is not SDD:
-        model.register_forward_hook(lambda m, args, out: seen.append(out))
+        model.register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
     x0 = torch.randint(300, (200, 6), generator=generator(1))
     noise = method.script.corrupt(x0, cfg, generator(2))
     loss = method.script.loss_fn(model, x0, *noise)
-    level, other = noise[:2] if method is not BIT else noise[1::-1]
+    level = noise[1 if method is BIT else 0]
     is_noisy = level < (HIGH if method is DIT else method.script.CLEAN) - 1e-5
-    cost = torch.zeros(200, 6)
-    cost[is_noisy] = F.cross_entropy(seen[0].detach(), x0[is_noisy], reduction="none")
+    (shown, logits), cost = seen[0], torch.zeros(200, 6)
+    cost[is_noisy] = F.cross_entropy(logits.detach(), x0[is_noisy], reduction="none")
     rows = [row[noisy].mean() for row, noisy in zip(cost, is_noisy) if noisy.any()]
     assert loss.item() == pytest.approx((sum(rows) / 200).item(), rel=1e-4)
     if window == 1:
@@ -285,10 +285,17 @@ def test_the_loss_is_a_mean_of_means(method, window, monkeypatch):
         assert (level[:, 0] <= edges[:-1] + 1e-3).all() and (level[:, 0] >= edges[1:] - 1e-3).all()
     if method is BIT:
         p = 1 / (1 + level[is_noisy].double().exp())[:, None].expand(-1, 9)
-        wrong = (other * model.codes[x0] < 0)[is_noisy].double()
+        wrong = (shown * model.codes[x0] < 0)[is_noisy].double()
         assert abs((wrong - p).sum()) < 4.5 * (p * (1 - p)).sum().sqrt()
+        return
+    if method is DIT:
+        alpha, sigma = (y[..., None] for y in gauss_tables.alpha_sigma(level))
+        shown = (shown - alpha * model.embeddings()[x0]) / sigma
     else:
-        assert stats.kstest(other[other != 0][:20_000].numpy(), "norm").pvalue > 1e-3
+        way = sdd.between(level)
+        shown = (shown - level[way][:, None] * F.one_hot(x0[way], 300)) / level[way][:, None].sqrt()
+    draws = shown.detach().flatten()[:20_000].numpy()
+    assert stats.kstest(draws, "norm").pvalue > 1e-3
 
 
 # ---- the network
