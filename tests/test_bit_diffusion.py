@@ -233,20 +233,15 @@ def test_what_outputs_say_of_bits_and_tokens():
         codes = words(K) if R else words(K)[number]
         got = bit_variants.bit_logits(model, out)
         assert got.dtype == torch.float64 and torch.allclose(got, odds_of(p, codes), rtol=1e-8)
-        ce = bit_variants.cross_entropy(model, out, x0)
         want = -p[torch.arange(50), number[x0] if R else x0].log()
+        ce = bit_variants.cross_entropy(model, out, x0)
         assert torch.allclose(ce.double(), want, atol=1e-5)
-        if R == 1:
-            bce = F.binary_cross_entropy_with_logits(out, (model.codes[x0] > 0).float(),
-                                                     reduction="none").sum(1)
-            assert torch.allclose(ce, bce)
         if R < 2:
             assert torch.allclose(bit_variants.confidence(model, out).double(), p.amax(1))
     out = torch.tensor([[[9.0, -9.0, 0.0], [-1.0, 1.0, 0.5]]])  # the second is likelier, yet vague
     p = bit_variants.confidence(network(**head_of(2)), out).item()
     assert p == pytest.approx(1 / (1 + math.exp(0.5)) / (1 + math.exp(-9)) ** 2, rel=1e-5)
-    tiny = math.log(1e-12)
-    out = torch.tensor([[0.0, tiny, tiny - 2, tiny - 5]])
+    out = torch.tensor([[0.0, 0, -2, -5]]) + math.log(1e-12) * torch.tensor([0, 1, 1, 1])
     z = out[0].double().exp()
     want = torch.stack([(z[0] + z[1]) / (z[2] + z[3]), (z[0] + z[2]) / (z[1] + z[3])]).log()
     assert torch.allclose(-bit_variants.bit_logits(network(), out)[0], want, atol=1e-9)
@@ -276,18 +271,11 @@ def test_the_bound_of_exact_posteriors_is_the_entropy(V, T, head):
     assert (total + joint.log()).abs().max() < 1e-5
 
 
-def test_the_integrand_is_the_divergence_of_two_flip_rates():
-    """(E6) against its formula in ordinary arithmetic; 0 where the clean bits are certain; finite
-    at both ends."""
+def test_the_integrand_is_finite_and_0_where_the_clean_bits_are_certain():
+    """(E6) also at both ends; its formula is in the bounds below."""
     g = generator(1)
-    lam, odds = 6 * torch.rand(200, generator=g).double(), 3 * torch.randn(200, 3, generator=g)
-    bits, clean = (torch.randn(200, 3, generator=g).sign() for _ in range(2))
-    m = (bits * odds.double()).sigmoid()
-    s, at = (-lam[:, None] * bits * clean).exp(), lam[:, None]
-    s_hat = m * (-at).exp() + (1 - m) * at.exp()
-    want = ((s_hat - s + s * (s / s_hat).log()) / (2 * at.sinh())).sum(1)
-    got = bit_diffusion.nelbo_integrand(odds.double(), bits, clean, lam)
-    assert torch.allclose(got, want, rtol=1e-8, atol=1e-12) and (got >= 0).all()
+    lam, clean = 6 * torch.rand(200, generator=g).double(), torch.randn(200, 3, generator=g).sign()
+    bits = torch.randn(200, 3, generator=g).sign()
     certain = bit_diffusion.nelbo_integrand(60 * clean.double(), bits, clean, lam)
     assert certain.abs().max() < 1e-6
     for value, odd in itertools.product((1e-6, CLEAN - 1e-3), (-CLEAN, 0.0, CLEAN)):

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy import stats
 
 import common
 import sdd
@@ -45,26 +44,23 @@ def noisy(x0, prec, V):
 # ---- z and candidates
 
 
-@pytest.mark.parametrize("V", [2, 5, 40])
+@pytest.mark.parametrize("V", [2, 40])
 def test_the_softmax_of_z_is_bayes_rule(V):
     """(E1) (E2) (E5) against Gaussian densities of all tokens in float64, at every precision; with
     all tokens as candidates the state says the same, and softmax(net + own) has any prior."""
     g = generator(V)
-    for prec in (1e-4, 0.5, 3.0, 20.0, 150.0):
-        x, prec = torch.randint(V, (60,), generator=g), torch.full((60,), prec).double()
+    for level in (1e-4, 0.5, 3.0, 20.0, 150.0):
+        x, prec = torch.randint(V, (60,), generator=g), torch.full((60,), level).double()
         z = sdd.q_sample(x, prec, torch.randn(60, V, generator=g).double())
-        mean = prec[:, None, None] * torch.eye(V).double()  # of z given v, (60, v, V)
-        log = -(z[:, None] - mean).square().sum(2) / (2 * prec[:, None])
-        assert torch.allclose(z.log_softmax(1), log.log_softmax(1), atol=1e-6)
+        log = -(z[:, None] - level * torch.eye(V).double()).square().sum(2) / (2 * level)
         ids, logp = sdd.top_k_state(z, V)
         assert torch.allclose(logp[:, :-1].double(), log.log_softmax(1).gather(1, ids), atol=1e-4)
         assert (logp[:, -1] == -torch.inf).all()  # nothing is left
         net = 3 * torch.randn(60, V, generator=g)
-        want = (net.double() + log).softmax(1)
-        for how in ("exact", "state"):
+        for how in ("exact", "state") if level < 50 else ("exact",):  # the state's odds end at e^80
             own = lab.self_likelihood(ids, logp, z.float(), how)
-            if how == "exact" or prec[0] < 50:  # the state's odds end at e^80
-                assert torch.allclose((net + own).double().softmax(1), want, atol=1e-5)
+            want = (net.double() + log).softmax(1)
+            assert torch.allclose((net + own).double().softmax(1), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("V, k", [(6, 1), (6, 4), (6, 6), (6, 9), (300, 8)])
@@ -270,16 +266,12 @@ def test_the_original_state_holds_the_answer(swap):
     x0 = torch.randint(V, (n, T), generator=generator(1))
     for t in (0.0, 0.4, 1.0):
         ids, logp, noise = lab.original_state(x0, torch.full((n, 1), t), cfg, generator(2))
-        assert ids.shape == (n, T, k) and logp.shape == (n, T, k + 1)
         p = torch.tensor([1 - 0.01 * (k - 1)] + (k - 1) * [0.01]) * (1 - t) + t / V
-        assert torch.allclose(logp[..., :-1].exp(), p.expand(n, T, k), atol=1e-6)
-        rest = max(1e-9, 1 - p.double().sum().item())
-        assert torch.allclose(logp[..., -1].exp(), torch.tensor(rest), atol=1e-6)
+        p = torch.cat((p, (1 - p.sum(0, True)).clamp(min=1e-9)))
+        assert torch.allclose(logp.exp(), p.expand(n, T, k + 1), atol=1e-6)
         hit, copied = (ids == x0[..., None]).double().mean((0, 1)), 1 - swap * t * (1 - 1 / V)
         assert abs(hit[0] - copied) <= 4.5 * (copied * (1 - copied) / x0.numel()) ** 0.5
         assert ((hit[1:] - 1 / V).abs() < 4.5 * (1 / V / x0.numel()) ** 0.5).all()
-        for slot in range(1, k):
-            assert stats.chisquare(ids[..., slot].flatten().bincount(minlength=V)).pvalue > 1e-4
         assert noise.shape == (n, T, k, cfg.n_embd) and (t > 0 or (noise == 0).all())
         assert t == 0 or abs(noise.std() / (0.1 * t) - 1) < 4.5 / (2 * noise.numel()) ** 0.5
 
