@@ -68,6 +68,20 @@ def test_a_step_down_is_what_fewer_observations_would_have_shown(sampler, t, s):
     assert (low * (high - low)).mean(0).abs().max() < wide and (s > 0 or (after == 0).all())
 
 
+def test_the_deterministic_step_is_the_flow_of_one_prediction():
+    """(E7) dz/ds = (p + z / s) / 2 with a fixed p, by many small Euler steps; from nothing s p +
+    sqrt(s) xi."""
+    p, z = torch.tensor([[0.2, 0.7, 0.1]]).double(), torch.tensor([[1.0, -2.0, 3.0]]).double()
+    t, s, n, y = torch.tensor([1.5]).double(), torch.tensor([7.0]).double(), 5000, z
+    for k in range(n):
+        y = y + (p + y / (t + (s - t) * (k + 0.5) / n)) / 2 * (s - t) / n
+    xi = torch.randn(1, 3, generator=generator(2)).double()
+    got = sdd.sampler_step(z, t, s, p, xi, "deterministic")
+    assert torch.allclose(got, y, atol=3e-3)
+    begun = sdd.sampler_step(0 * z, 0 * t, s, p, xi, "deterministic")
+    assert torch.allclose(begun, s * p + s ** 0.5 * xi)
+
+
 # ---- the distribution of every sampler
 
 
@@ -100,6 +114,35 @@ def test_other_samplers_draw_nearly_the_joint_distribution(sampler):
     """(E7) many steps: every row within 0.03 of its share."""
     x, _ = draw(Oracle(JOINT, 4, 2), config(sampler=sampler, num_steps=100), 3000, 5)
     assert (row_counts(x, 4) / 3000 - JOINT).abs().max() < 0.03
+
+
+# ---- temperature
+
+
+@pytest.mark.parametrize("temperature, how", [
+    (0.5, "exact"), (1.7, "state"), (1.7, "none"), (0.0, "exact")])
+def test_temperature_is_for_the_context_alone(temperature, how, monkeypatch):
+    """(E5) (E7) net / temperature + own, at every step; without self-likelihood for all; at 0 the
+    most likely token by net."""
+    cfg = config(3, 3, k=2, add_likelihood=how, temperature=temperature, num_steps=6,
+                 noise_window=0.5)
+    said, kept, cut = [], [], sdd.filter_logits
+    monkeypatch.setattr(sdd, "filter_logits",
+                        lambda y, cfg: kept.append(cut(y, cfg)) or kept[-1])
+
+    def predict(*args):
+        said.append(lab.predict(*args, cfg))
+        return said[-1]
+    sdd.sample(three(0.5, 2), torch.tensor([[2, 3, 3]]).repeat(30, 1), cfg, generator(1),
+               predict=predict)
+    assert len(said) == len(kept) > 3
+    for (out, own), logits in zip(said, kept):
+        if temperature:
+            assert torch.allclose(logits, (out - own) / temperature + own, atol=1e-4)
+        else:
+            assert torch.equal(logits.argmax(1), (out - own).argmax(1))
+        assert how != "none" or (own == 0).all()
+    assert how == "none" or max(own.abs().max() for _, own in said[1:]) > 1
 
 
 # ---- what is given, guidance
