@@ -94,6 +94,14 @@ def test_the_named_schedules_are_their_papers():
     assert (lam[slope.argmin()] - center).abs() < 0.1
 
 
+def test_noise_has_the_stated_scale():
+    """(E1) alpha^2 + sigma^2 = 1 and alpha^2 / sigma^2 = exp(lam)."""
+    lam = torch.linspace(-9, 9, 37)
+    emb, eps = torch.randn(2, 37, 3, generator=generator(1)).double()
+    alpha, sigma = (y[:, None] for y in alpha_sigma(lam))
+    assert torch.allclose(dit_embed.q_sample(emb, lam.double(), eps), alpha * emb + sigma * eps)
+
+
 # ---- self-likelihood (E3), prediction (E4) (V1), steps (E6)
 
 
