@@ -3,7 +3,7 @@ samplers as products of transition matrices over all bit states, bounds by enume
 quadrature. Everything is float64 inside and shares no code with bit_diffusion.py.
 
 A word is one of the 2^K strings of K bits of +-1, numbered as binary digits, the highest first; a
-state is a word for each position, numbered in the order of tables.all_rows. Noise levels are the
+state is a word for each position, numbered in the order of oracles.all_rows. Noise levels are the
 log-odds `lam` that a noisy bit is right, (T,) where positions differ; CLEAN and above is no noise.
 `joint` (V^T,) holds the probabilities of all rows of tokens.
 """
@@ -11,12 +11,11 @@ import itertools
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from tables import all_rows, generator
+from oracles import all_rows, generator, legendre
 
 CLEAN = 40.0
 LOST = {"linear": lambda t: t, "cosine": lambda t: 1 - math.cos(math.pi * t / 2) ** 2,
@@ -35,15 +34,6 @@ def numbers(V, order=None):
 
 def width(V):
     return next(K for K in range(1, 99) if 2 ** K >= V)
-
-
-def dirichlet(V, T, seed=0, share=0.4):
-    """A random joint distribution of rows: (V^T,)."""
-    return torch.from_numpy(np.random.RandomState(seed).dirichlet(np.full(V ** T, share)))
-
-
-def entropy(p):
-    return torch.special.entr(p).sum().item()
 
 
 def settings(V=4, T=2, **changes):
@@ -137,11 +127,6 @@ def independent(odds):
     return F.logsigmoid(odds[..., None, :] * words(odds.shape[-1])).sum(-1).exp()
 
 
-def marginals(joint, V, T):
-    """p(x_i = v): (T, V)."""
-    return (joint[:, None, None] * F.one_hot(all_rows(V, T), V).double()).sum(0)
-
-
 # ---- the forward process and its posterior, by Bayes' rule
 
 
@@ -213,14 +198,13 @@ def tokens_only(p, V, invalid):
 def reverse(model, lam_t, lam_s, kind, invalid="project", temperature=1.0):
     """p(word at s | state at t) of each position: (S, T, 2^K), and the number of positions that
     become the word of no token (S,). kind: token, a token drawn, or one product of a mixture; bit,
-    bits drawn one by one; plug-in, the expected bit put into Bayes' formula."""
+    bits drawn one by one."""
     n, T, K = 2 ** model.K, model.T, model.K
     here = all_rows(n, T)
     state, lam = words(K)[here], lam_t.expand(len(here), T)
     weight, each = model.predictions(state, lam, temperature, kind != "token")
     p = (weight[..., None] * each).sum(2)
     last = (weight[..., None] * tokens_only(each, model.V, invalid)).sum(2)
-    odds = model.odds(state, lam, temperature)
     out, lost = F.one_hot(here, n).double(), torch.zeros(len(here), dtype=torch.float64)
     for i in range(T):
         if lam_s[i] <= lam_t[i]:
@@ -228,11 +212,6 @@ def reverse(model, lam_t, lam_s, kind, invalid="project", temperature=1.0):
         if lam_s[i] >= CLEAN:
             lost += p[:, i, model.V:].sum(1)
             out[:, i] = last[:, i]
-        elif kind == "plug-in":
-            a_t, a_s = 2 * right(lam_t[i]) - 1, 2 * right(lam_s[i]) - 1
-            mean, b = (odds[:, i] / 2).tanh(), state[:, i]
-            up = 0.5 * (1 + (a_t / a_s * b + a_s * mean) / (1 + a_t * b * mean))
-            out[:, i] = independent(up.logit())
         else:
             out[:, i] = torch.einsum("sc,scd->sd", p[:, i],
                                      word_posterior(K, lam_t[i], lam_s[i])[here[:, i]])
@@ -276,12 +255,11 @@ def path_bound(model, window=1.0, schedule="quadratic", nodes=24):
     K, T, state = model.K, model.T, words(model.K)[all_rows(2 ** model.K, model.T)]
     clean = words(K)[model.number[model.rows]]
     orders, total = list(itertools.permutations(range(T))), torch.zeros(len(clean)).double()
-    node, share = np.polynomial.legendre.leggauss(nodes)
     for order in orders if window < 1 else orders[:1]:
         tau = [(1 - window) * rank / T for rank in order]
         cuts = sorted({c for x in tau for c in (x, x + window)})
-        for (low, high), (x, w) in itertools.product(zip(cuts, cuts[1:]), zip(node, share)):
-            x, w = (x + 1) / 2, w / 2 * (x + 1)  # denser where a window begins: t = x^2
+        for (low, high), (x, w) in itertools.product(zip(cuts, cuts[1:]), legendre(nodes)):
+            w = 2 * x * w  # denser where a window begins: t = x^2
             t = low + (high - low) * x * x
             lam = levels(t, tau, window, schedule)
             q = rows_channel(model, lam)

@@ -3,39 +3,21 @@ written out: exact denoisers, exact distributions of samplers on a grid, bounds 
 Everything is float64 inside and shares no code with dit_embed.py or lab/dit_variants.py.
 
 A noise level is a log-SNR lam: z = alpha e + sigma eps, alpha^2 = 1 / (1 + exp(-lam)). `E` (V, d)
-holds the embeddings, `joint` (V^T,) the probabilities of all rows in the order of tables.all_rows.
+holds the embeddings, `joint` (V^T,) the probabilities of all rows in the order of oracles.all_rows.
 """
 import math
 
-import numpy as np
 import torch
 import torch.nn as nn
 
-from tables import all_rows, generator
+from oracles import all_rows, dirichlet, generator, legendre
 
 LINE = torch.tensor([[-1.5], [-0.5], [0.5], [1.5]])  # four tokens on a line
 COIN = torch.tensor([[-1.0], [1.0]])  # the only two of norm 1 there
 CIRCLE = torch.tensor([[1.0, 0.0], [-0.6, 0.8], [-0.28, -0.96]])  # three in the plane, of norm 1
-
-
-def dirichlet(V, T, seed=0, share=0.4):
-    """A random joint distribution of rows: (V^T,)."""
-    return torch.from_numpy(np.random.RandomState(seed).dirichlet(np.full(V ** T, share)))
-
-
 JOINT = dirichlet(4, 2)  # of rows of two tokens
 THREE = dirichlet(3, 3, seed=2)  # of rows of three, for CIRCLE
 TOKENS = torch.tensor([0.5, 0.2, 0.05, 0.25], dtype=torch.float64)  # of rows of one
-
-
-def entropy(p):
-    return torch.special.entr(p).sum().item()
-
-
-def marginals(joint, V, T):
-    """p(x_i = v): (T, V)."""
-    one_hot = nn.functional.one_hot(all_rows(V, T), V).double()
-    return (joint[:, None, None] * one_hot).sum(0)
 
 
 def alpha_sigma(lam):
@@ -112,14 +94,6 @@ class Oracle(nn.Module):
     def one(self, z, lam):
         """For a single position: z (n,) on the line, a number lam -> logits (n, V)."""
         return self.logits(z[:, None, None], torch.full((len(z), 1), float(lam)))[:, 0]
-
-
-def hermite(nodes, dims):
-    """Nodes (nodes^dims, dims) and weights of a standard normal expectation."""
-    x, w = np.polynomial.hermite_e.hermegauss(nodes)
-    x, w = torch.from_numpy(x), torch.from_numpy(w / w.sum())
-    return torch.cartesian_prod(*dims * [x]).view(-1, dims), \
-        torch.cartesian_prod(*dims * [w]).view(-1, dims).prod(1)
 
 
 def gap(model, high, low, eps, weight):
@@ -237,10 +211,10 @@ def parts(logits_of, E, high, low, cells=80):
     E = E.double().flatten()
     prior, reconstruction, x, w = ends(logits_of, E, high, low)
     diffusion = torch.zeros_like(E)
-    for u, c in zip(*np.polynomial.legendre.leggauss(cells)):
-        lam = low + (high - low) * (u + 1) / 2
+    for u, c in legendre(cells):
+        lam = low + (high - low) * u
         a, s = alpha_sigma(lam)
         for v in range(len(E)):
             error = (E[v] - logits_of(a * E[v] + s * x, lam).softmax(1) @ E).square()
-            diffusion[v] += 0.25 * (high - low) * c * math.exp(lam) * (w @ error)
+            diffusion[v] += 0.5 * (high - low) * c * math.exp(lam) * (w @ error)
     return torch.stack((prior, diffusion, reconstruction))

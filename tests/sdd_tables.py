@@ -7,16 +7,14 @@ every position. A precision is a number, 0 for an unknown position, inf for a cl
 quadratures are for V = 2, where z is one number a position, d = z_0 - z_1: of token 0 it is
 Normal(prec, 2 prec), of token 1 Normal(-prec, 2 prec), theta = (1 / (1 + e^-d), 1 / (1 + e^d)).
 """
-import functools
 import itertools
 import math
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from tables import all_rows, generator
+from oracles import all_rows, generator, hermite, legendre
 
 LEVEL = {"exponential": lambda t: -math.log(t), "rational": lambda t: 1 / t - 1}
 TIME = {"exponential": lambda s: math.exp(-s), "rational": lambda s: 1 / (1 + s)}  # their inverses
@@ -26,20 +24,6 @@ FAR = 600.0  # d of a clean position
 def unit(V):
     """A schedule's unit of precision."""
     return max(8.0, 2 * math.log(V))
-
-
-def dirichlet(V, T, seed=0, share=0.5):
-    """A random joint distribution of rows: (V^T,)."""
-    return torch.from_numpy(np.random.RandomState(seed).dirichlet(np.full(V ** T, share)))
-
-
-def entropy(joint):
-    return torch.special.entr(joint).sum().item()
-
-
-def marginals(joint, V, T):
-    """p(x_i = v): (T, V)."""
-    return (joint[:, None, None] * F.one_hot(all_rows(V, T), V).double()).sum(0)
 
 
 def settings(V=4, T=2, **changes):
@@ -98,34 +82,14 @@ class Oracle(nn.Module):
 # ---- quadrature for two tokens
 
 
-@functools.lru_cache
-def gauss(n):
-    """Nodes and weights of a standard Normal."""
-    node, weight = np.polynomial.hermite_e.hermegauss(n)
-    return torch.from_numpy(node), torch.from_numpy(weight / weight.sum())
-
-
-@functools.lru_cache
-def legendre(n):
-    node, weight = np.polynomial.legendre.leggauss(n)
-    return list(zip((node + 1) / 2, weight / 2))
-
-
 def log_theta(d):
     """(..., T) -> (..., T, 2)"""
     return torch.stack((F.logsigmoid(d), F.logsigmoid(-d)), -1)
 
 
-def grid(T, n):
-    """Nodes (n^T, T) and weights (n^T,) of T Normals."""
-    node, weight = gauss(n)
-    index = torch.tensor(list(itertools.product(range(n), repeat=T)))
-    return node[index], weight[index].prod(1)
-
-
 def noisy_rows(model, s, n):
     """d (R, n^T, T) of every row when positions have precisions s (T,), and weights (n^T,)."""
-    xi, weight = grid(model.T, n)
+    xi, weight = hermite(n, model.T)
     sign = 1.0 - 2 * model.rows  # (R, T)
     finite = torch.tensor([x if x < math.inf else 0.0 for x in s], dtype=torch.float64)
     d = (sign * finite)[:, None] + (2 * finite).sqrt() * xi
@@ -179,7 +143,8 @@ def path(steps, T, tau=None, window=1.0, schedule="rational"):
 
 def chain_bound(model, levels, sampler, n=36):
     """The bound of a sampler of these steps for every row: (2^T,)."""
-    node, share = gauss(n)
+    node, share = hermite(n)
+    node = node[:, 0]
     total = torch.zeros(2 ** model.T, dtype=torch.float64)
     for s, then in zip(levels, levels[1:]):
         d, weight = noisy_rows(model, s, n)
@@ -225,8 +190,8 @@ def chain_distribution(model, levels, sampler, n=40):
                     step = (then[i] * gap + math.sqrt(then[i] / s[i]) * (now - s[i] * gap))[:, None]
                     share = torch.ones_like(step)
             else:
-                xi, w = gauss(n)
-                spread = now[:, None] + math.sqrt(2 * a) * xi
+                xi, w = hermite(n)
+                spread = now[:, None] + math.sqrt(2 * a) * xi[:, 0]
                 if sampler == "ancestral":
                     step, share = spread + a * (chance[:, :1] - chance[:, 1:]), w.expand_as(spread)
                 else:

@@ -4,21 +4,11 @@ samplers do with them. Everything here is float64 and shares no code with the sc
 A masked sequence is a "state": T tokens in 0..V, where V is the mask. States are numbered in
 lexicographic order, so the unmasked ones come in the order of `all_rows`.
 """
-import itertools
-
 import numpy as np
 import torch
 import torch.nn as nn
-from scipy import stats
 
-
-def all_rows(V, T):
-    """Every row of T tokens: (V^T, T)."""
-    return torch.tensor(list(itertools.product(range(V), repeat=T)))
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+from oracles import all_rows, chi_square, generator, mean_and_se, row_counts  # noqa: F401
 
 
 class MaskTable(nn.Module):
@@ -68,26 +58,6 @@ class CausalTable(nn.Module):
             joint = (joint[:, None] * self.logits[j].detach()[code].softmax(1)).flatten()
             code = (code[:, None] * self.V + torch.arange(self.V)).flatten()
         return joint
-
-
-def markov(V, T, seed=0, stick=0.0):
-    """Probabilities of all rows under a Markov chain: (V^T,)."""
-    g = generator(seed)
-    first = torch.rand(V, generator=g, dtype=torch.float64) + 0.1
-    step = torch.rand(V, V, generator=g, dtype=torch.float64) + 0.1 + stick * torch.eye(V)
-    first, step, rows = first / first.sum(), step / step.sum(1, keepdim=True), all_rows(V, T)
-    return first[rows[:, 0]] * step[rows[:, :-1], rows[:, 1:]].prod(1)
-
-
-def oracle(joint, V, T):
-    """The MaskTable that knows p(x_i | visible tokens) of a joint distribution (V^T,) exactly."""
-    model, rows = MaskTable(V, T), all_rows(V, T)
-    agree = ((model.states[:, None] == rows) | (model.states[:, None] == V)).all(2)
-    weight = agree * joint  # (states, V^T)
-    one_hot = nn.functional.one_hot(rows, V).double().flatten(1)
-    p = (weight @ one_hot).view(-1, T, V) / weight.sum(1)[:, None, None]
-    model.logits.data = p.clamp(min=1e-300).log()
-    return model.requires_grad_(False)
 
 
 def guided(model, is_given, w):
@@ -226,31 +196,3 @@ def quadrature(model, gamma_of, rate_of, nodes=60):
     t = (t + 1) / 2
     return sum(w[i] / 2 * rate_of(t[i]) / gamma_of(t[i]) * expected_cost(model, gamma_of(t[i]))
                for i in range(nodes))
-
-
-# ---- statistics
-
-
-def chi_square(counts, p):
-    """p-value of counts under the probabilities p; rare outcomes are put together."""
-    counts, p = np.asarray(counts, float), np.asarray(p, float)
-    assert abs(p.sum() - 1) < 1e-6
-    expected = p / p.sum() * counts.sum()
-    assert counts[expected < 1e-9].sum() == 0, "an impossible outcome was drawn"
-    rare = expected < 5
-    counts = np.append(counts[~rare], counts[rare].sum())
-    expected = np.append(expected[~rare], expected[rare].sum())
-    keep = expected > 1e-9
-    return stats.chisquare(counts[keep], expected[keep] * (counts.sum() / expected.sum())).pvalue
-
-
-def row_counts(x, V):
-    """How often each row of `all_rows` occurs in samples x (n, T): (V^T,)."""
-    place = V ** torch.arange(x.shape[1] - 1, -1, -1)
-    return (x * place).sum(1).bincount(minlength=V ** x.shape[1])
-
-
-def mean_and_se(draw, times):
-    """Mean of draw(generator) over seeds, and its standard error."""
-    values = np.array([draw(generator(seed)).item() for seed in range(times)])
-    return values.mean(), values.std(ddof=1) / np.sqrt(times)

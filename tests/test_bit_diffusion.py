@@ -4,20 +4,16 @@ import itertools
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from scipy import stats
 
 import bit_diffusion
-from bit_tables import (LOST, Oracle, chain, chain_bound, channel, dirichlet, entropy, independent,
-                        level, numbers, odds_of, path, path_bound, posterior, right, settings,
-                        width, words)
+from bit_tables import (Oracle, chain, chain_bound, channel, independent, numbers, odds_of, path,
+                        path_bound, posterior, right, settings, width, words)
 from lab import bit_variants
-from tables import all_rows, generator, mean_and_se
+from oracles import all_rows, close, dirichlet, entropy, generator, mean_and_se, row_by_row
 
-CLEAN, SCHEDULES = bit_diffusion.CLEAN, ("quadratic", "cosine", "linear")
+CLEAN = bit_diffusion.CLEAN
 JOINT, THREE = dirichlet(4, 2, 3), dirichlet(3, 2, 5, 0.7)
 each_head = pytest.mark.parametrize("head", ["token", "bit"])
 
@@ -39,56 +35,6 @@ def network(seed=0, order=None, shake=0.0, **changes):
 
 def loss_of(model, x0, cfg, g):
     return bit_variants.loss_fn(model, x0, *bit_variants.corrupt(x0, cfg, g))
-
-
-def close(draws, truth, width=4.5):
-    """Is the mean of independent draws (n,) the truth, within so many standard errors?"""
-    se = draws.double().std() / len(draws) ** 0.5
-    return abs(draws.double().mean().item() - truth) < width * se.item() + 1e-6
-
-
-def row_by_row(draws, truth, times, width=4.5):
-    """Are the means of `times` draws for each row in turn their truths, and is the mean of all?"""
-    draws = draws.view(len(truth), times).double()
-    off, se = draws.mean(1) - truth, draws.std(1) / times ** 0.5
-    return (off.abs() < (width + 1) * se + 1e-6).all() and \
-        off.sum().abs() < width * se.square().sum().sqrt() + 1e-6
-
-
-# ---- lab and script
-
-
-def test_by_default_lab_is_the_script():
-    """Weights, loss, bound, samples and the frames of their trajectories are the same numbers."""
-    models, outcomes = [], []
-    for module in (bit_diffusion, bit_variants):
-        cfg = module.Config(**settings(11, 6, n_layer=2, noise_window=0.3))
-        torch.manual_seed(0)
-        models.append(getattr(module, "new_model", module.Model)(cfg))
-        for p in models[-1].parameters():
-            p.data += 0.3 * torch.randn(p.shape)
-        x0 = torch.randint(11, (9, 6), generator=generator(1))
-        values = [module.loss_fn(models[-1], x0, *module.corrupt(x0, cfg, generator(2))),
-                  module.nelbo(models[-1], x0, cfg, generator(3), 8, x0 < 3)]
-        for order, steps in (("random", 0), ("l2r", 9), ("maxprob", 30)):
-            some = module.Config(**vars(cfg) | dict(order=order, num_steps=steps, top_k=5,
-                                                    temperature=0.7))
-            x, nfe = module.sample(models[-1], x0.masked_fill(x0 > 5, 11), some, generator(4),
-                                   on_step=lambda nfe, x: values.append(x))
-            values += [x, torch.tensor(nfe)]
-        outcomes.append(values)
-    assert models[0].state_dict().keys() == models[1].state_dict().keys()
-    assert len(outcomes[0]) == len(outcomes[1]) > 30
-    assert all(torch.equal(a, b) for a, b in zip(*outcomes))
-
-
-@pytest.mark.parametrize("bad", [
-    dict(noise_window=0.0), dict(noise_window=1.1), dict(head="bit", top_k=2), dict(num_mixture=2),
-    dict(head="bit", top_p=0.9), dict(head="bit", num_mixture=3)], ids=str)
-def test_what_cannot_work_is_refused_in_one_sentence(bad):
-    sentence, = config(**bad).problems()
-    assert sentence.startswith("--") and "\n" not in sentence and len(sentence) < 120
-    assert not config(head="bit", num_mixture=4).problems() and not config(top_k=2).problems()
 
 
 # ---- codes
@@ -153,87 +99,6 @@ def test_codes_count_up_in_the_order_of_code(monkeypatch):
                     {frozenset(pair.tolist()) for pair in PAIRS_OF}
 
 
-# ---- schedules and times
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_a_schedule_falls_from_clean_to_noise_with_its_stated_slope(name):
-    """(E1) 1 - a rises from 0 to 1 and lam = ln((1 + a) / (1 - a)) falls from CLEAN to 0; the
-    stated derivatives are those of autograd."""
-    t = torch.linspace(0, 1, 401, dtype=torch.float64).requires_grad_()
-    lost, slope = (f(t) for f in bit_diffusion.SCHEDULES[name])
-    assert lost[0] == 0 and lost[-1] == 1 and (lost.diff() > 0).all()
-    assert torch.allclose(slope + 0 * t, torch.autograd.grad(lost.sum(), t)[0], atol=1e-12)
-    assert torch.allclose(lost, torch.tensor([LOST[name](x) for x in t.tolist()]).double())
-    own = t.detach().float().double().requires_grad_()
-    lam, fall = (y[:, 0] for y in bit_diffusion.noise_levels(
-        own.detach()[:, None], torch.zeros(401, 1), config(T=1, schedule=name)))
-    assert lam[0] == CLEAN and lam[-1] == 0 and (lam.diff() < 0).all()
-    a = 1 - bit_diffusion.SCHEDULES[name][0](own)
-    log_odds = ((1 + a) / (1 - a)).log()
-    assert torch.allclose(lam[1:-1].double(), log_odds[1:-1], rtol=1e-6)
-    grad, = torch.autograd.grad(log_odds[1:-1].sum(), own)
-    assert torch.allclose(fall[1:-1], -grad[1:-1], rtol=1e-9)
-    assert fall[0] == 0 and fall[-1] == 0
-
-
-@pytest.mark.parametrize("window", [0.05, 0.2, 0.5, 1.0])
-def test_each_position_goes_from_clean_to_noise_in_its_window(window):
-    """(E2) own time (t - tau) / w, clamped: CLEAN at t = 0, 0 at t = 1, in between during a share w
-    of the path; sorted, the tau are (1 - w) (rank + u) / T with one u per row."""
-    cfg = config(T=24, noise_window=window)
-    tau = bit_diffusion.position_times((50, 24), cfg, generator(1))
-    even = tau.sort(1).values * 24 - (1 - window) * torch.arange(24)
-    assert (even - even[:, :1]).abs().max() < 1e-4 and 0 <= even.min() <= even.max() <= 1
-    before, busy, n = torch.full((50, 24), CLEAN), torch.zeros(50, 24), 400
-    for t in (torch.arange(n) + 0.5) / n:
-        lam, slope = bit_diffusion.noise_levels(t.expand(50, 1), tau, cfg)
-        own = ((t - tau) / window).double().clamp(0, 1)
-        assert torch.allclose(lam.double(), (2 / own ** 2 - 1).log().clamp(0, CLEAN), atol=1e-4)
-        is_moving = (lam > 0) & (lam < CLEAN)
-        assert (lam <= before).all() and torch.equal(is_moving, slope > 0)
-        want = 4 / (own * (2 - own ** 2)) / window
-        assert torch.allclose(slope[is_moving], want[is_moving], rtol=1e-3)
-        before, busy = lam, busy + is_moving.double() / n
-    assert (busy - window).abs().max() <= 1.01 / n
-    assert (bit_diffusion.noise_levels(0.0, tau, cfg)[0] == CLEAN).all()
-    assert bit_diffusion.noise_levels(1.0, tau, cfg)[0].max() < 1e-5
-
-
-def test_times_come_in_random_order_and_given_positions_stay_clean():
-    """(E2) all orders are equally likely, u is uniform; the free positions of a row share the even
-    times among them."""
-    cfg = config(T=5, noise_window=0.3)
-    tau = bit_diffusion.position_times((8000, 5), cfg, generator(2)) / 0.7 * 5
-    first = tau.min(1).values
-    assert stats.kstest(first.numpy(), "uniform").pvalue > 1e-3
-    orders = (tau.argsort(1)[:, :4] * 5 ** torch.arange(4)).sum(1).unique(return_counts=True)[1]
-    assert len(orders) == 120 and stats.chisquare(orders.numpy()).pvalue > 1e-3
-    is_given = torch.rand(400, 5, generator=generator(4)) < 0.4
-    is_given[0] = True
-    tau = bit_diffusion.position_times((400, 5), cfg, generator(5), is_given)
-    for t in (0.0, 0.3, 1.0):
-        lam, slope = bit_diffusion.noise_levels(t, tau, cfg)
-        assert (lam[is_given] == CLEAN).all() and (slope[is_given] == 0).all()
-        assert t < 1 or lam[~is_given].max() < 1e-5
-    for row, is_free in zip(tau[1:], ~is_given[1:]):
-        even = row[is_free].sort().values / 0.7 * is_free.sum() - torch.arange(is_free.sum())
-        assert not is_free.any() or 0 <= even.min() and even.max() < min(1, even.min() + 1e-5)
-
-
-def test_reassigned_times_are_the_same_times_highest_score_first():
-    """(E2) the waiting positions keep their times as a set; the best is denoised first."""
-    g = generator(6)
-    tau, is_waiting = torch.rand(300, 8, generator=g), torch.rand(300, 8, generator=g) < 0.6
-    tau[~is_waiting & (torch.rand(300, 8, generator=g) < 0.3)] = torch.inf  # some are given
-    score = torch.rand(300, 8, generator=g)
-    new = bit_diffusion.reassign_times(tau, is_waiting, score)
-    assert torch.equal(new[~is_waiting], tau[~is_waiting])
-    for row, old, waits, value in zip(new, tau, is_waiting, score):
-        by_score = row[waits][value[waits].argsort(descending=True)]
-        assert torch.equal(by_score, old[waits].sort(descending=True).values)
-
-
 # ---- noise and its posterior
 
 
@@ -264,19 +129,6 @@ def test_the_posterior_is_bayes_rule():
             close = 1e-9 + 1e-15 * math.exp(lam_t)
             assert f.item() == pytest.approx(table[b_t, b_0, 1 - b_t].item(), rel=1e-5, abs=close)
             assert lam_s < CLEAN or f.item() == pytest.approx(float(y < 0), abs=1e-8)
-
-
-def test_the_posterior_composes_with_the_forward_process():
-    """(E7) noise to t, then back to s, is noise to s; two steps make one."""
-    for levels in itertools.combinations((0.0, 0.4, 1.5, 4.0, 8.0), 3):
-        t, u, s = (torch.tensor(x, dtype=torch.float64) for x in levels)
-        up = {y: bit_diffusion.flip_probability(t, s, y).item() for y in (1, -1)}
-        wrong = (1 - right(t)) * (1 - up[-1]) + right(t) * up[1]
-        assert wrong == pytest.approx(1 - right(s), abs=1e-12)
-        for y in (1, -1):
-            first = bit_diffusion.flip_probability(t, u, y).item()
-            stay, turn = (bit_diffusion.flip_probability(u, s, z).item() for z in (y, -y))
-            assert (1 - first) * stay + first * (1 - turn) == pytest.approx(up[y], abs=1e-9)
 
 
 # ---- heads
@@ -330,30 +182,41 @@ def test_own_bits_are_added_by_bayes_rule(V):
         assert torch.allclose(model(bits[None], lams), added, atol=1e-5)
 
 
-@pytest.mark.parametrize("R", [2, 4])
-def test_the_products_of_a_fresh_mixture_differ_and_are_uniform_together(R):
-    """(V2) each leans to leading bits of its own, so that they learn apart."""
-    model = network(V=8, **head_of(R))
-    out = model(words(3).float()[None, :2], torch.zeros(1, 2)).flatten(0, 1)
-    assert torch.allclose(code_distribution(out, 3), torch.full((2, 8), 1 / 8).double(), atol=1e-6)
-    assert len({tuple(row.tolist()) for row in out[0, :, :-1].sign()}) == R
-    x0 = torch.randint(8, (9, 2), generator=generator(1))
-    loss_of(model, x0, model.cfg, generator(2)).backward()
-    grad = model.head.weight.grad.view(R, 4, -1)
-    assert all((p - q).abs().max() > 1e-4 for p, q in itertools.combinations(grad, 2))
+@pytest.mark.parametrize("R, V, input", [(1, 28, "bit"), (2, 28, "raw"), (4, 3, "byte"),
+                                         (2, 1000, "byte")])
+def test_a_fresh_bit_head_costs_k_ln_2_and_its_products_differ(R, V, input):
+    """(E6) (V2) T K ln 2 nats whatever the tokens; the products, uniform together, lean to leading
+    bits of their own, so that they learn apart."""
+    wide = dict(V=V, T=6, noise_window=0.3, input=input) | head_of(R)
+    model, x0, K = network(**wide), torch.randint(V, (256, 6), generator=generator(1)), width(V)
+    nats = bit_variants.nelbo(model, x0, config(**wide), generator(2), 8)
+    assert nats.dtype == torch.float64 and close(nats, 6 * K * math.log(2), 4)
+    out = model(words(K).float()[None, :2], torch.zeros(1, 2)).flatten(0, 1)
+    p = code_distribution(out, K)
+    assert torch.allclose(p, torch.full_like(p, 2.0 ** -K), atol=1e-6)
+    if R > 1:
+        assert len({tuple(row.tolist()) for row in out[0, :, :-1].sign()}) == R
+        loss_of(model, x0, model.cfg, generator(2)).backward()
+        grad = model.head.weight.grad.view(R, K + 1, -1)
+        assert all((p - q).abs().max() > 1e-4 for p, q in itertools.combinations(grad, 2))
 
 
-def test_the_self_likelihood_stays_float32_under_autocast():
-    """(E3) where bfloat16 would lose whole nats."""
+def test_the_self_likelihood_is_float32_and_all_levels_are_finite_under_autocast():
+    """(E3) where bfloat16 would lose whole nats; logits are float32, and finite, from lam = 0 to
+    CLEAN, and so are the gradients."""
     for R in (0, 1, 2):
-        model = network(V=1000, **head_of(R))
+        model = network(V=1000, shake=0.1, **head_of(R))
         bits = torch.randn(20, 10, generator=generator(1)).sign()
-        lam, zero = torch.linspace(0, 39, 20), outputs(1000, R, 20, 0.0, generator(1))
+        lam = torch.cat((torch.tensor([0.0, 1e-6, CLEAN - 1e-3, CLEAN]), torch.linspace(0, 39, 16)))
+        zero = outputs(1000, R, 20, 0.0, generator(1))
         plain = bit_variants.bayes_update(model, zero, bits, lam)
         with torch.autocast("cpu", torch.bfloat16):
             low = bit_variants.bayes_update(model, zero.bfloat16(), bits, lam)
             assert low.dtype == torch.float32 and torch.equal(low, plain) and plain.max() > 30
-            assert model(bits.view(10, 2, 10), lam.view(10, 2)).dtype == torch.float32
+            out = model(bits.view(10, 2, 10), lam.view(10, 2))
+        assert out.dtype == torch.float32 and out.isfinite().all()
+        out.square().mean().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_what_outputs_say_of_bits_and_tokens():
@@ -368,117 +231,28 @@ def test_what_outputs_say_of_bits_and_tokens():
         codes = words(K) if R else words(K)[number]
         got = bit_variants.bit_logits(model, out)
         assert got.dtype == torch.float64 and torch.allclose(got, odds_of(p, codes), rtol=1e-8)
-        ce = bit_variants.cross_entropy(model, out, x0)
         want = -p[torch.arange(50), number[x0] if R else x0].log()
+        ce = bit_variants.cross_entropy(model, out, x0)
         assert torch.allclose(ce.double(), want, atol=1e-5)
-        if R == 1:
-            bce = F.binary_cross_entropy_with_logits(out, (model.codes[x0] > 0).float(),
-                                                     reduction="none").sum(1)
-            assert torch.allclose(ce, bce)
         if R < 2:
             assert torch.allclose(bit_variants.confidence(model, out).double(), p.amax(1))
     out = torch.tensor([[[9.0, -9.0, 0.0], [-1.0, 1.0, 0.5]]])  # the second is likelier, yet vague
     p = bit_variants.confidence(network(**head_of(2)), out).item()
     assert p == pytest.approx(1 / (1 + math.exp(0.5)) / (1 + math.exp(-9)) ** 2, rel=1e-5)
-    tiny = math.log(1e-12)
-    out = torch.tensor([[0.0, tiny, tiny - 2, tiny - 5]])
+    out = torch.tensor([[0.0, 0, -2, -5]]) + math.log(1e-12) * torch.tensor([0, 1, 1, 1])
     z = out[0].double().exp()
     want = torch.stack([(z[0] + z[1]) / (z[2] + z[3]), (z[0] + z[2]) / (z[1] + z[3])]).log()
     assert torch.allclose(-bit_variants.bit_logits(network(), out)[0], want, atol=1e-9)
 
 
-# ---- the bound of a fresh network
+# ---- bounds
 
 
-FRESH = [dict(V=2, noise_window=1.0), dict(V=3, noise_window=0.3), dict(V=28, input="bit"),
-         dict(V=28, noise_window=0.05, input="raw", cond="add"),
-         dict(V=1000, noise_window=0.3, input="byte", cond="add"),
-         dict(V=4, schedule="linear"), dict(V=5, noise_window=0.3, schedule="cosine")]
-
-
-@pytest.mark.parametrize("R", [0, 1, 2])
-@pytest.mark.parametrize("kind", FRESH, ids=lambda k: " ".join(map(str, k.values())))
-def test_a_fresh_network_costs_ln_v_or_k_ln_2(kind, R):
-    """(E6) zero head: T ln V, or T K ln 2 for a bit head, whatever the tokens: the cheapest test of
-    all constants and weights."""
-    T, V, wide = 12, kind["V"], head_of(R) | kind
-    x0 = torch.randint(V, (256, T), generator=generator(1))
-    nats = bit_variants.nelbo(network(T=T, **wide), x0, config(T=T, **wide), generator(2), 8)
-    truth = T * (width(V) * math.log(2) if R else math.log(V))
-    assert nats.shape == (256,) and nats.dtype == torch.float64 and close(nats, truth, 4)
-
-
-@pytest.mark.parametrize("V", [3, 4, 28])
-def test_steps_of_a_fresh_network_cost_the_same(V):
-    """(V5) T ln V for whole tokens, T K ln 2 for a mixture's products; bits one by one: less by
-    what redrawing codes of no token gains at the end, in a single step all of it."""
-    T, K = 6, width(V)
-    x0 = torch.randint(V, (256, T), generator=generator(1))
-    for (R, sampler), (window, steps) in itertools.product(
-            ((0, "token"), (4, "token"), (1, "token"), (2, "bit"), (0, "bit")),
-            ((1.0, 4), (0.3, 7), (1.0, 1))):
-        wide = dict(V=V, T=T, noise_window=window, sampler=sampler) | head_of(R)
-        nats = bit_variants.nelbo_steps(network(**wide), x0, config(**wide), generator(2), steps)
-        if sampler == "token" and R != 1 or V == 4:
-            assert close(nats, T * (K * math.log(2) if R else math.log(V)), 4)
-        elif R and steps == 1:
-            assert torch.allclose(nats, torch.full_like(nats, T * math.log(V)), atol=1e-4)
-        elif R:
-            assert nats.mean() < T * K * math.log(2) - 0.05
-
-
-def test_a_fresh_network_biased_to_frequencies_costs_their_cross_entropy():
-    """(E6) (V5) head bias log p: -log p(x0) for every row, for all windows and schedules."""
-    p = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
-    x0 = torch.multinomial(p, 512 * 6, True, generator=generator(1)).view(512, 6)
-    truth = -p.log()[x0].sum(1).double()
-    for window, schedule in ((1.0, "linear"), (0.3, "quadratic"), (0.5, "cosine")):
-        cfg, model = config(5, 6, noise_window=window, schedule=schedule), network(V=5, T=6)
-        model.head.bias.data = p.log()
-        assert close(bit_diffusion.nelbo(model, x0, cfg, generator(2)) - truth, 0, 4)
-        assert close(bit_variants.nelbo_steps(model, x0, cfg, generator(3), 5) - truth, 0, 4)
-
-
-# ---- the bound of exact and of perturbed posteriors
-
-
-@each_head
-@pytest.mark.parametrize("V,T", [(4, 2), (3, 2), (5, 2), (3, 3), (2, 3)], ids=str)
-def test_the_bound_of_exact_posteriors_is_the_entropy(V, T, head):
-    """(E5) (E6) nelbo_integrand by quadrature over all bit strings: -log p(x0) for every row to
-    1e-5, with codes of no token too; more if a position's own bits are counted twice."""
-    joint = 0.7 * dirichlet(V, T, V + T, 1.0) + 0.3 / V ** T
-    model = Oracle(joint, V, T, head)
-    state, clean = words(T * model.K).view(-1, T, model.K), words(model.K)[model.rows]
-    R, S, total, worse = len(clean), len(state), 0.0, 0.0
-    node, weight = map(torch.from_numpy, np.polynomial.legendre.leggauss(60))
-    flat = [y.expand(R, S, T, model.K).reshape(-1, model.K) for y in (state, clean[:, None])]
-    for u, w in zip((node + 1) / 2, weight / 2):
-        lam = level(u * u)
-        q = F.logsigmoid(lam * (state * clean[:, None])).sum((2, 3)).exp()  # (R, S)
-        out = model.answer(state, torch.full((S, T), lam).double()).flatten(0, 1)
-        odds = bit_variants.bit_logits(model, out).view(S, T, -1)
-        for twice in (False, True):
-            some = (odds + twice * lam * state).expand(R, S, T, model.K).reshape(-1, model.K)
-            nats = bit_diffusion.nelbo_integrand(some, *flat, torch.full((R * S * T,), lam))
-            nats = (q * nats.view(R, S, T).sum(2)).sum(1) * 4 / (u * (2 - u * u)) * w
-            total, worse = total + nats * (not twice), worse + nats * twice
-    assert (total + joint.log()).abs().max() < 1e-5
-    assert (joint * worse).sum() > entropy(joint) + 0.05
-
-
-def test_the_integrand_is_the_divergence_of_two_flip_rates():
-    """(E6) against its formula in ordinary arithmetic; 0 where the clean bits are certain; finite
-    at both ends."""
+def test_the_integrand_is_finite_and_0_where_the_clean_bits_are_certain():
+    """(E6) also at both ends; its formula is in the bounds below."""
     g = generator(1)
-    lam, odds = 6 * torch.rand(200, generator=g).double(), 3 * torch.randn(200, 3, generator=g)
-    bits, clean = (torch.randn(200, 3, generator=g).sign() for _ in range(2))
-    m = (bits * odds.double()).sigmoid()
-    s, at = (-lam[:, None] * bits * clean).exp(), lam[:, None]
-    s_hat = m * (-at).exp() + (1 - m) * at.exp()
-    want = ((s_hat - s + s * (s / s_hat).log()) / (2 * at.sinh())).sum(1)
-    got = bit_diffusion.nelbo_integrand(odds.double(), bits, clean, lam)
-    assert torch.allclose(got, want, rtol=1e-8, atol=1e-12) and (got >= 0).all()
+    lam, clean = 6 * torch.rand(200, generator=g).double(), torch.randn(200, 3, generator=g).sign()
+    bits = torch.randn(200, 3, generator=g).sign()
     certain = bit_diffusion.nelbo_integrand(60 * clean.double(), bits, clean, lam)
     assert certain.abs().max() < 1e-6
     for value, odd in itertools.product((1e-6, CLEAN - 1e-3), (-CLEAN, 0.0, CLEAN)):
@@ -488,8 +262,8 @@ def test_the_integrand_is_the_divergence_of_two_flip_rates():
 
 
 @pytest.mark.parametrize("head", ["token", "bit", "mix"])
-@pytest.mark.parametrize("window,schedule", [(1.0, "quadratic"), (1.0, "linear"),
-                                             (0.3, "quadratic"), (0.6, "cosine")])
+@pytest.mark.parametrize("window,schedule", [(1.0, "linear"), (0.3, "quadratic"),
+                                             (0.6, "cosine")])
 def test_the_estimate_of_the_bound_is_unbiased(head, window, schedule):
     """(E2) (E6) a network that errs, against quadrature for each row; an exact one: -log p."""
     module, times = bit_diffusion if head == "token" else bit_variants, 800
@@ -499,26 +273,9 @@ def test_the_estimate_of_the_bound_is_unbiased(head, window, schedule):
     assert (truth > -THREE.log() + 0.005).any()
     for K in (1, 4):
         assert row_by_row(module.nelbo(model, x0, cfg, generator(K), K), truth, times)
-    if head != "mix":
+    if head == "bit":
         nats = module.nelbo(Oracle(THREE, 3, 2, head), x0, cfg, generator(3), 4)
         assert row_by_row(nats, -THREE.log(), times)
-
-
-@each_head
-def test_a_bound_given_some_tokens_is_that_of_the_others(head):
-    """(E6) -log p(others | given); a row that is all given costs nothing."""
-    model, x0, times = Oracle(THREE, 3, 2, head), all_rows(3, 2), 600
-    module = bit_diffusion if head == "token" else bit_variants
-    p_given, rows = THREE.view(3, 3).sum(1)[x0[:, 0]], x0.repeat_interleave(times, 0)
-    for window in (1.0, 0.4):
-        cfg, is_given = config(3, 2, noise_window=window), torch.tensor([[True, False]])
-        nats = module.nelbo(model, rows, cfg, generator(4), 4, is_given.expand(len(rows), 2))
-        assert row_by_row(nats, (p_given / THREE).log(), times)
-        nats = module.nelbo(model, x0, cfg, generator(4), 4, torch.ones(9, 2).bool())
-        assert (nats == 0).all()
-
-
-# ---- the bounds of few steps
 
 
 @pytest.mark.parametrize("head,sampler", [("token", "token"), ("token", "bit"), ("bit", "token"),
@@ -528,12 +285,11 @@ def test_the_bound_of_few_steps_is_unbiased_and_above_the_sampler(head, sampler,
     -E log p of the chain, exact by products of matrices, <= its bound. Products of a mixture are
     not credited with the redrawing of codes of no token."""
     kind = "token" if sampler == "token" and head != "bit" else "bit"
-    smooth, times, last = 0.8 * JOINT + 0.2 / 16, 500, math.inf
+    smooth, times = 0.8 * JOINT + 0.2 / 16, 500
     invalid = "none" if head == "mix" and kind == "token" else "project"
     for joint, V, steps, window, schedule in (
-            (THREE, 3, 1, 1.0, "quadratic"), (THREE, 3, 3, 1.0, "linear"),
-            (THREE, 3, 5, 0.4, "quadratic"), (THREE, 3, 7, 0.7, "cosine"),
-            (smooth, 4, 4, 1.0, "quadratic")):
+            (THREE, 3, 1, 1.0, "quadratic"), (THREE, 3, 5, 0.4, "quadratic"),
+            (THREE, 3, 7, 0.7, "cosine"), (smooth, 4, 4, 1.0, "linear")):
         tau = [(1 - window) * x for x in (0.35, 0.85)]
         monkeypatch.setattr(bit_variants, "position_times",
                             lambda shape, *_: torch.tensor(tau).expand(shape))
@@ -548,50 +304,9 @@ def test_the_bound_of_few_steps_is_unbiased_and_above_the_sampler(head, sampler,
         exact = -torch.special.xlogy(joint, rows).sum()
         assert rows.sum().item() == pytest.approx(1)
         assert entropy(joint) - 1e-9 <= exact <= (joint * truth).sum() + 1e-9
-    for steps in (1, 4, 16):  # exact posteriors: towards the entropy
-        bound = (JOINT * chain_bound(Oracle(JOINT, 4, 2), path(steps, 2), kind)).sum()
-        assert entropy(JOINT) < bound < last
-        last = bound
 
 
 # ---- training
-
-
-@pytest.mark.parametrize("R", [0, 1])
-@pytest.mark.parametrize("window,prefix", [(1.0, 0.0), (0.2, 0.0), (0.4, 0.7)])
-def test_the_ce_loss_is_a_mean_of_means(R, window, prefix):
-    """(E1) cross-entropy, or BCE, where lam < CLEAN, averaged in each row, then over rows; times
-    are even over the batch; clean positions and prefixes are seen clean."""
-    wide = dict(V=11, T=9, noise_window=window, prefix=prefix) | head_of(R)
-    model, x0 = network(shake=0.3, **wide), torch.randint(11, (200, 9), generator=generator(1))
-    noise = flips, lam, _ = bit_variants.corrupt(x0, model.cfg, generator(2))
-    loss, is_noisy = bit_variants.loss_fn(model, x0, *noise), lam < CLEAN
-    out, cost = model(model.codes[x0] * flips, lam), torch.zeros(200, 9)
-    assert (flips[~is_noisy] == 1).all()
-    if R:
-        cost = F.binary_cross_entropy_with_logits(out, (model.codes[x0] > 0).float(),
-                                                  reduction="none").sum(2)
-    else:
-        cost = F.cross_entropy(out.transpose(1, 2), x0, reduction="none")
-    rows = [row[noisy].mean() for row, noisy in zip(cost, is_noisy) if noisy.any()]
-    assert loss.item() == pytest.approx((sum(rows) / 200).item(), rel=1e-4)
-    p = 1 / (1 + lam[is_noisy].double().exp())[:, None].expand(-1, 4)
-    assert abs(((flips[is_noisy] < 0).double() - p).sum()) < 4.5 * (p * (1 - p)).sum().sqrt()
-    if window == 1:  # one time in every 200th
-        t = (2 / (lam[:, 0].double().exp() + 1)).sqrt()
-        assert (t * 200 - torch.arange(200) - 0.5).abs().max() < 0.51
-
-
-def test_a_prefix_is_as_long_and_as_frequent_as_stated(monkeypatch):
-    """floor(T u) first positions, in a share `prefix` of the rows; never the whole row."""
-    seen, times = [], bit_variants.position_times
-    monkeypatch.setattr(bit_variants, "position_times", lambda shape, cfg, g, is_given:
-                        seen.append(is_given) or times(shape, cfg, g, is_given))
-    bit_variants.corrupt(torch.zeros(4000, 5).long(), config(T=5, prefix=0.6), generator(2))
-    size = seen[0].sum(1)
-    assert torch.equal(seen[0], torch.arange(5) < size[:, None]) and size.max() < 5
-    want = 4000 * torch.tensor([0.4 + 0.6 / 5, *4 * [0.6 / 5]])
-    assert stats.chisquare(size.bincount(minlength=5).numpy(), want.numpy()).pvalue > 1e-3
 
 
 @each_head
@@ -610,63 +325,6 @@ def test_the_nelbo_loss_is_the_bound_per_token(head, window):
 
 BITS = bit_diffusion.token_codes(11)[torch.randint(11, (3, 6), generator=generator(9))]
 LAM = torch.linspace(0.3, 5, 18).view(3, 6)
-NETWORKS = [dict(input=i, cond=c) | head_of(R) for R, i, c in (
-    (0, "token", "none"), (0, "byte", "add"), (1, "token", "add"), (4, "bit", "none"),
-    (1, "raw", "add"), (0, "raw", "none"))]
-each_network = pytest.mark.parametrize("kind", NETWORKS,
-                                       ids=lambda k: " ".join(map(str, k.values())))
-
-
-@each_network
-def test_each_position_sees_all_of_its_row_and_no_other_row(kind):
-    """(E4) bits and noise levels of both sides; is_target selects positions of the output."""
-    model = network(V=11, T=6, n_layer=2, shake=0.3, **kind)
-    out = model(BITS, LAM).flatten(2)
-    for j, what in itertools.product((0, 5), ("bits", "lam")):
-        bits, lam = BITS.clone(), LAM.clone()
-        if what == "bits":
-            bits[1, j] *= -1
-        else:
-            lam[1, j] += 1.5
-        change = (model(bits, lam).flatten(2) - out).abs().amax(2)
-        blind = what == "lam" and kind["input"] == "raw" and kind["cond"] == "none"
-        others = torch.arange(6) != j
-        assert change[1, j] > 1e-5 and change[[0, 2]].max() < 1e-5
-        assert (change[1][others] > 1e-6).all() != blind
-    is_target = torch.rand(3, 6, generator=generator(1)) < 0.4
-    assert torch.allclose(model(BITS, LAM, is_target).flatten(1), out[is_target], atol=1e-5)
-
-
-@each_network
-def test_both_ends_are_finite_and_every_parameter_learns(kind):
-    """At lam 0, 1e-6, just below CLEAN and CLEAN, in float32 and under autocast; both losses and
-    all bounds; no weight stays where it was; each has one optimizer."""
-    lam = torch.tensor([[0.0, 1e-6, 2.0, CLEAN - 1e-3, CLEAN, CLEAN]]).expand(3, 6)
-    x0, wide = torch.arange(18).view(3, 6) % 11, dict(V=11, T=6, n_layer=2, lr=1e-3) | kind
-    for cast in (False, True):
-        model = network(shake=0.3, **wide)
-        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-            out = model(BITS, lam)
-            assert out.isfinite().all() and out.dtype == torch.float32
-            total = out.square().mean()
-            for loss in ("ce", "nelbo"):
-                model.cfg = cfg = config(**wide, loss=loss, noise_window=0.5)
-                total = total + loss_of(model, x0, cfg, generator(1))
-            assert bit_variants.nelbo(model, x0, cfg, generator(1)).isfinite().all()
-            assert bit_variants.nelbo_steps(model, x0, cfg, generator(1), 5).isfinite().all()
-        total.backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    model = network(**wide)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizers = bit_diffusion.make_optimizers(model, model.cfg)
-    for step in range(6):
-        loss_of(model, x0[:1].expand(16, 6), model.cfg, generator(step)).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    assert not [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
-    owned = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
-    assert sorted(owned) == sorted(map(id, model.parameters()))
 
 
 def test_the_input_is_what_input_says():
@@ -710,26 +368,3 @@ def test_the_noise_level_is_told_as_cond_says():
     model(BITS, LAM)
     angle = 1000 * (LAM.double() / 2).tanh()[..., None] * 10000 ** (-torch.arange(64) / 64).double()
     assert (seen[0] - torch.cat((angle.cos(), angle.sin()), -1)).abs().max() < 2e-3
-
-
-@pytest.mark.parametrize("R,loss", [(0, "ce"), (1, "ce"), (4, "nelbo")])
-def test_a_batch_can_be_learned_by_heart(R, loss):
-    """(E6) (E8) three strings: the bound falls to near ln 3, never far below; samples are those."""
-    x0 = torch.tensor([[1, 2, 3, 4], [6, 5, 4, 3], [9, 0, 10, 0]])
-    wide = dict(V=11, T=4, loss=loss, noise_window=0.3, n_embd=32, lr=1e-2, warmup=10, steps=130,
-                num_steps=40) | head_of(R)
-    model, cfg, g = network(**wide), config(**wide), generator(1)
-    optimizers = bit_diffusion.make_optimizers(model, cfg)
-    for step in range(cfg.steps):
-        for group in [group for o in optimizers for group in o.param_groups]:
-            group["lr"] = bit_diffusion.get_lr(step, cfg) * group["scale"]
-        loss_of(model, x0.repeat(12, 1), cfg, g).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    nats = bit_variants.nelbo(model, x0.repeat(60, 1), cfg, generator(2))
-    assert math.log(3) - 0.2 < nats.mean() < math.log(3) + 1.6  # of 9.6 at first
-    x, _ = bit_variants.sample(model, torch.full((60, 4), 11), cfg, generator(3))
-    same = (x[:, None] == x0).all(2)
-    assert same.any(1).float().mean() > 0.4 and same.any(0).all()  # by chance: 2e-4

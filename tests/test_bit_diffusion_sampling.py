@@ -6,15 +6,14 @@ import torch
 import torch.nn.functional as F
 
 import bit_diffusion
-from bit_tables import Oracle, chain, dirichlet, independent, marginals, path, settings
+from bit_tables import Oracle, chain, independent, path, settings
 from lab import bit_variants
-from tables import all_rows, chi_square, generator, row_counts
+from oracles import chi_square, dirichlet, generator, row_counts
 
 CLEAN = bit_diffusion.CLEAN
 JOINT, PAIRS, THREE = dirichlet(4, 2, 3), dirichlet(3, 2, 5, 0.7), dirichlet(3, 3, 2)
 KINDS = [("token", "token"), ("token", "bit"), ("bit", "token"), ("mix", "token"), ("mix", "bit")]
 each_kind = pytest.mark.parametrize("head,sampler", KINDS, ids=str)
-each_order = pytest.mark.parametrize("order", ["random", "l2r", "maxprob"])
 
 
 def config(model, **changes):
@@ -75,63 +74,7 @@ def test_positions_step_at_their_own_times(head, sampler, monkeypatch):
     assert chi_square(row_counts(x, 4), p) > 1e-3 and nfe == 6 and rate == 0
 
 
-def test_bits_are_not_drawn_by_the_plug_in():
-    """(V4) 16 steps with exact posteriors: the expected bit in Bayes' formula counts a noisy bit
-    twice and never arrives, the mixture of posteriors does; samples are of the latter."""
-    for head in ("token", "bit"):
-        model = Oracle(JOINT, 4, 2, head)
-        counts = row_counts(draw(model, 8000, 3, sampler="bit", num_steps=16)[0], 4)
-        assert chi_square(counts, chain(model, path(16, 2), "bit")[0]) > 1e-3
-        assert chi_square(counts, chain(model, path(16, 2), "plug-in")[0]) < 1e-6
-    gap = {(kind, steps): (chain(model, path(steps, 2), kind)[0] - JOINT).abs().sum()
-           for kind in ("bit", "plug-in") for steps in (16, 64)}
-    assert gap["bit", 64] < 0.5 * gap["bit", 16] and gap["plug-in", 64] > 0.9 * gap["plug-in", 16]
-
-
-@each_order
-@pytest.mark.parametrize("head", ["token", "bit"])
-def test_many_steps_of_exact_posteriors_draw_the_joint_distribution(head, order):
-    """(E2) (E8) (V4) chi-square over all rows, while the product of the marginals is out of the
-    question. Which position begins may depend on the state."""
-    x = draw(Oracle(JOINT, 4, 2, head), 2500, 3, order=order, noise_window=0.35,
-             num_steps=40 if head == "token" else 100)[0]
-    assert chi_square(row_counts(x, 4), JOINT) > 1e-3
-    alone = marginals(JOINT, 4, 2)
-    assert chi_square(row_counts(x, 4), (alone[0][:, None] * alone[1]).flatten()) < 1e-6
-
-
-def test_one_step_draws_each_token_or_bit_by_itself():
-    """(E8) (V4) the product of the marginals: what few steps cost."""
-    alone = marginals(JOINT, 4, 2)
-    x, nfe, rate, _ = draw(Oracle(JOINT, 4, 2), 5000, 4, num_steps=1)
-    assert chi_square(row_counts(x, 4), (alone[0][:, None] * alone[1]).flatten()) > 1e-3
-    assert (nfe, rate) == (1, 0.0)
-    model = Oracle(JOINT, 4, 2, "bit")
-    bits = alone @ (model.exact > 0).double()
-    each = independent(bits.logit())[:, model.number]
-    assert chi_square(row_counts(draw(model, 5000, 4, num_steps=1)[0], 4),
-                      (each[0][:, None] * each[1]).flatten()) > 1e-3
-
-
 # ---- codes of no token
-
-
-@pytest.mark.parametrize("V,order", [(3, [2, 0, 1]), (5, [4, 1, 0, 3, 2])])
-def test_project_draws_given_that_it_is_a_token_and_modulo_counts_on(V, order):
-    """(V3) one position, one step, bits that are often no token's: project is the product given
-    that the code is valid; modulo moves code V + n to code n."""
-    model, n = Oracle(dirichlet(V, 1, 1, 1.0), V, 1, "bit", order=order), 8000
-    odds = torch.tensor([0.6, -0.3, 0.4]).double()[:model.K]
-    model.answer = lambda bits, lam: odds.expand(*bits.shape)
-    p, want = independent(odds), torch.zeros(2, V).double()
-    for w in range(2 ** model.K):
-        want[0, order[w % V]] += p[w] * (w < V) / p[:V].sum()
-        want[1, order[w % V]] += p[w]
-    bad = p[V:].sum().item()
-    for invalid, q in zip(("project", "modulo"), want):
-        x, _, rate, _ = draw(model, n, 5, invalid=invalid, num_steps=1)
-        assert chi_square(x.flatten().bincount(minlength=V), q) > 1e-3
-        assert abs(rate - bad) < 5 * (bad * (1 - bad) / n) ** 0.5 and bad > 0.1
 
 
 def test_the_raw_rate_counts_only_what_was_to_be_drawn(capsys):
@@ -205,44 +148,6 @@ def test_top_k_and_top_p_cut_tokens(sampler):
         assert chi_square(x.flatten().bincount(minlength=len(p)), want / want.sum()) > 1e-3
 
 
-# ---- what is given
-
-
-@each_kind
-@pytest.mark.parametrize("prompt", [[1], [0, 2], []])
-def test_a_prompt_never_changes_and_the_rest_has_its_distribution(head, sampler, prompt):
-    """(E2) what is given is clean at every step; with exact posteriors, the others have the
-    distribution given it."""
-    model, P = three(head, 0.5 * (head == "mix")), len(prompt)
-    x = draw(model, 1200, given=prompt, sampler=sampler, noise_window=0.3, num_steps=60)[0]
-    assert (x[:, :P] == torch.tensor(prompt)).all() and x.max() < 3
-    for bits, lam, is_target in model.calls:
-        assert (lam[:, :P] == CLEAN).all() and not is_target[:, :P].any()
-        assert torch.equal(bits[:, :P], model.codes[torch.tensor(prompt).long()].expand(
-            1200, -1, -1))
-    fits = (all_rows(3, 3)[:, :P] == torch.tensor(prompt)).all(1)
-    p = (THREE * fits) / (THREE * fits).sum()
-    if head == sampler == "token":
-        assert chi_square(row_counts(x, 3), p) > 1e-3
-    elif head == "token" or head == "bit" and P == 2:  # bits one by one need more steps
-        assert (row_counts(x, 3) / 1200 - p).abs().max() < 0.06
-
-
-@each_order
-def test_infilling_keeps_what_is_there(order):
-    """(E2) different holes in every row; a hole is distributed as given its sides."""
-    canvas = torch.tensor([[0, 3, 1], [3, 2, 3], [1, 0, 2], [3, 3, 3]]).repeat(300, 1)
-    cfg = config(three(), noise_window=0.3, num_steps=40, order=order)
-    x, _ = bit_diffusion.sample(three(), canvas, cfg, generator(1))
-    assert torch.equal(x[canvas != 3], canvas[canvas != 3]) and x.max() < 3
-    assert (canvas == 3).sum() == 300 * 6  # the canvas itself is left alone
-    rows, cube = x.view(300, 4, 3), THREE.view(3, 3, 3)
-    p = cube[0, :, 1] / cube[0, :, 1].sum()
-    assert chi_square(rows[:, 0, 1].bincount(minlength=3), p) > 1e-3
-    p = cube[:, 2] / cube[:, 2].sum()
-    assert chi_square(row_counts(rows[:, 1, ::2], 3), p.flatten()) > 1e-3
-
-
 # ---- guidance
 
 
@@ -283,96 +188,7 @@ def gain(odds, own):
                            F.logsigmoid(-odds) + F.logsigmoid(-own)).sum(-1)
 
 
-def test_guidance_moves_samples_towards_what_the_prompt_favours():
-    """(V6) of one token after a prompt, p(. | c)^(1 + w) / p(.)^w but for a constant; over many
-    steps only nearly. Two evaluations a step, one without guidance or without given text."""
-    cube, shares = THREE.view(3, 3, 3), []
-    given, alone = (cube[1] / cube[1].sum()).sum(1), cube.sum((0, 2))
-    best = (given / alone).argmax()
-    for w in (0.0, 1.0, 3.0):
-        x = draw(three(), 4000, given=[1], noise_window=0.2, order="l2r", num_steps=24,
-                 guidance=w)[0]
-        p = given ** (1 + w) / alone ** w
-        shares.append((x[:, 1] == best).float().mean().item())
-        assert shares[-1] == pytest.approx((p[best] / p.sum()).item(), abs=0.025)
-    assert shares[2] > shares[0] + 0.012
-    for prompt, w, want in (([], 0.0, 6), ([], 2.0, 6), ([1], 0.0, 6), ([1], 2.0, 12)):
-        model = three()
-        nfe = draw(model, 4, given=prompt, num_steps=6, guidance=w)[1]
-        assert nfe == len(model.calls) == want
-
-
-@pytest.mark.parametrize("kind", ["token", "byte", "bit", "raw"])
-def test_the_evaluation_without_the_given_text_does_not_see_it(kind):
-    """(V6) with other bits in its place the output is the same, or they are noise already."""
-    torch.manual_seed(0)
-    cfg, calls = bit_variants.Config(**settings(11, 6, input=kind, num_steps=4, guidance=1.0,
-                                                noise_window=0.5)), []
-    model = bit_variants.Model(cfg)
-    for p in model.parameters():
-        p.data += 0.3 * torch.randn(p.shape)
-    model.register_forward_hook(lambda m, args, out: calls.append((args[0].clone(), *args[1:],
-                                                                   out)))
-    canvas = torch.tensor([[6, 5, 11, 11, 11, 11]] * 12)
-    bit_variants.sample(model, canvas, cfg, generator(1))
-    for bits, lam, is_target, out in list(calls)[1::2]:
-        is_noise = (bits[:, :2] != model.codes[[6, 5]]).double().mean() > 0.3
-        other = torch.cat((-bits[:, :2], bits[:, 2:]), 1)
-        assert is_noise or torch.allclose(model(other, lam, is_target), out, atol=1e-5)
-
-
 # ---- orders, steps, the trajectory
-
-
-@each_order
-@pytest.mark.parametrize("head", ["token", "bit"])
-def test_levels_only_rise_and_steps_are_where_the_network_predicted(order, head):
-    """(E2) from noise to clean; bits change nowhere but at the positions that were predicted; what
-    is clean stays, and is the code of its token, redrawn or not."""
-    model = three(head, 2.0)
-    x, _, rate, _ = draw(model, 90, noise_window=0.3, order=order, num_steps=20)
-    assert (rate > 0) == (head == "bit")
-    levels = torch.stack([lam for _, lam, _ in model.calls])
-    assert (levels.diff(dim=0) >= 0).all() and levels[0].max() < 1e-5
-    for (bits, lam, is_target), (after, later, _) in zip(model.calls, model.calls[1:]):
-        assert not ((later > lam) & ~is_target).any()
-        assert not ((after != bits).any(2) & ~(later > lam)).any()
-        assert torch.equal(after[later == CLEAN], model.codes[x][later == CLEAN])
-        assert torch.equal(is_target, lam < CLEAN if order == "maxprob" else later > lam)
-
-
-def test_left_to_right_denoises_the_left_first():
-    """(E2) in the levels and in the frames, what is given left out; random times do not."""
-    for order in ("l2r", "random"):
-        model, frames = three(), []
-        draw(model, 40, on_step=lambda nfe, x: frames.append(x), noise_window=0.25, order=order,
-             num_steps=24)
-        falls = all((lam[:, :-1] >= lam[:, 1:]).all() for _, lam, _ in model.calls)
-        first = (torch.stack(frames) != 3).int().argmax(0).float().mean(0)
-        assert falls == (first.diff() > 2).all() == (order == "l2r")
-    model = three()
-    bit_diffusion.sample(model, torch.tensor([[3, 1, 3]] * 9), config(
-        model, noise_window=0.25, order="l2r", num_steps=24), generator(1))
-    assert all((lam[:, 0] >= lam[:, 2]).all() for _, lam, _ in model.calls)
-
-
-def test_maxprob_begins_where_the_network_is_confident():
-    """(E2) the middle is certain, the first is one of three, the last one of two."""
-    joint = torch.zeros(3, 3, 3).double()
-    joint[:, 1, :2] = 1 / 6
-    for head in ("token", "bit"):
-        model = Oracle(joint.flatten(), 3, 3, head)
-        draw(model, 50, noise_window=0.2, order="maxprob", num_steps=20)
-        begun = torch.stack([lam > 1e-4 for _, lam, _ in model.calls]).int().argmax(0)
-        assert (begun[:, 1] < begun[:, 2]).all() and (begun[:, 2] < begun[:, 0]).all()
-
-
-def test_num_steps_are_evaluations_and_0_is_one_for_each_token():
-    """One evaluation a step with w = 1; else only in steps in which a level rises."""
-    assert [draw(three(), 3, num_steps=steps)[1] for steps in (1, 5, 0)] == [1, 5, 3]
-    model = three()
-    nfe = draw(model, 1, given=[0, 1], noise_window=0.1, num_steps=50)[1]
-    assert nfe == len(model.calls) <= 7
 
 
 def test_frames_show_what_is_more_likely_right_than_not_and_end_with_the_sample():
@@ -393,27 +209,3 @@ def test_frames_show_what_is_more_likely_right_than_not_and_end_with_the_sample(
             p = (1 / (1 + (-lam.double()).exp())) ** 2
             clear = (p - 0.5).abs() > 1e-3
             assert torch.equal(frame[clear], torch.where(p < 0.5, 3, ids)[clear])
-
-
-def test_a_network_samples_with_every_setting():
-    """Ids within the vocabulary, the prompt kept, under autocast too; a seed fixes the samples."""
-    torch.manual_seed(0)
-    canvas = torch.tensor([[6, 5, 11, 11, 11, 11]] * 3)
-    for change in (dict(), dict(guidance=1.0), dict(order="maxprob"), dict(sampler="bit"),
-                   dict(head="bit", invalid="modulo"),
-                   dict(head="bit", guidance=0.7, noise_window=1.0),
-                   dict(head="bit", num_mixture=2, order="maxprob", temperature=0.0),
-                   dict(head="bit", num_mixture=4, input="byte", guidance=1.0, sampler="bit"),
-                   dict(input="bit", add_likelihood=False, order="l2r"),
-                   dict(sampler="bit", temperature=0.0), dict(input="raw", cond="add"),
-                   dict(top_k=2, top_p=0.9, temperature=0.0)):
-        cfg = bit_variants.Config(**settings(11, 6, noise_window=0.4, num_steps=5) | change)
-        assert not cfg.problems()
-        model = bit_variants.Model(cfg)
-        for p in model.parameters():
-            p.data += 0.2 * torch.randn(p.shape)
-        for cast in (False, True):
-            with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-                x, y = (bit_variants.sample(model, canvas, cfg, generator(1))[0] for _ in "xy")
-            assert torch.equal(x, y) and torch.equal(x[:, :2], canvas[:, :2])
-            assert 0 <= x.min() <= x.max() < 11

@@ -11,9 +11,9 @@ import mdlm
 from lab import decoding, mdlm_variants
 from lab.mdlm_eval import nelbo_steps
 from lab.mdlm_variants import DRAWS, get_schedule
-from tables import (MaskTable, all_rows, ancestral, chi_square, distribution, enumerate_nll,
-                    expected_cost, fixed_order, generator, markov, mean_and_se, oracle,
-                    pattern_costs, quadrature, row_counts, unmask_count)
+from oracles import all_rows, chi_square, close, generator, mean_and_se, row_counts
+from tables import (MaskTable, ancestral, distribution, enumerate_nll, expected_cost, pattern_costs,
+                    quadrature, unmask_count)
 
 SCHEDULES = ("linear", "cosine", "log-linear", "maskgit", "power2")
 LOSSES = ("mean_per_sequence", "mean_per_batch", "nelbo")
@@ -29,12 +29,6 @@ def config(**changes):
 def loss_of(model, x0, cfg, g):
     """The training loss of mdlm.py, with the corruption of lab/mdlm_variants.py."""
     return mdlm.loss_fn(model, x0, *mdlm_variants.corrupt(x0, cfg, g))
-
-
-def close(draws, truth, width=5):
-    """Is the mean of draws (n,), or a pair (mean, its standard error), the truth?"""
-    mean, se = draws if isinstance(draws, tuple) else (draws.mean(), draws.std() / len(draws) ** .5)
-    return abs(mean - truth) < width * se + 1e-6
 
 
 # ---- schedules, times, masks
@@ -140,81 +134,33 @@ def test_lab_corrupts_as_mdlm_does_by_default():
 # ---- bounds
 
 
-def test_the_bound_does_not_depend_on_the_schedule():
-    """(E3) = (E4): one integral for every schedule, the sum over all sets of masks."""
-    model = MaskTable(seed=1)
-    bound, _ = enumerate_nll(model, ROWS, config())
-    for name in SCHEDULES:
-        assert torch.allclose(quadrature(model, *get_schedule(name)[:2]), bound, atol=1e-9)
-
-
-@pytest.mark.parametrize("T", [2, 3, 4])
-def test_the_bound_is_above_the_likelihood_of_the_one_by_one_sampler(T):
-    """(E4) NELBO >= -log p, with a real gap for an arbitrary table. -log p by recursion over sets =
-    the mean over all T! orders = the sampler's transition matrices; it sums to one."""
-    model = MaskTable(T=T, seed=T)
-    bound, nll = enumerate_nll(model, all_rows(3, T), config())
-    assert (bound >= nll).all() and (bound - nll).mean() > 0.05
-    orders = [fixed_order(model, order) for order in itertools.permutations(range(T))]
-    assert torch.allclose((-nll).exp(), sum(orders) / len(orders), atol=1e-12)
-    assert torch.allclose((-nll).exp(), distribution(model, T * [unmask_count(model, 1)]))
-    assert (-nll).exp().sum().item() == pytest.approx(1, abs=1e-12)
-
-
-def test_the_bound_is_tight_for_a_network_that_knows_the_true_conditionals():
-    """(E4) with the conditionals of a Markov chain: NELBO = -log p = the chain's own -log p; given
-    other tokens, -log p(the rest | those)."""
-    joint, rows = markov(3, 4, seed=1), all_rows(3, 4)
-    model = oracle(joint, 3, 4)
-    for nats in enumerate_nll(model, rows, config()):
-        assert torch.allclose(nats, -joint.log(), atol=1e-9)
-    same = rows == X0
-    for given in ([1, 0, 0, 1], [0, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]):
-        is_given = torch.tensor(given).bool()
-        want = (joint[same[:, is_given].all(1)].sum() / joint[same.all(1)]).log().item()
-        draws = mdlm.nelbo(model, X0.expand(4000, 4), config(), generator(1), 6,
-                           is_given.expand(4000, 4))
-        assert close(draws, want)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 4, 16, 64])
-@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("name, steps", [("linear", 1), ("cosine", 4), ("linear", 16)])
 def test_the_bound_of_n_steps_is_above_the_n_step_sampler_and_tight_for_one(name, steps):
-    """(E5) sum over the steps of (gamma_k - gamma_{k-1}) / gamma_k E sum_masked c_i, unbiased; the
-    sampler's distribution approaches that of one token a step about as 1 / N."""
+    """(E5) sum over the steps of (gamma_k - gamma_{k-1}) / gamma_k E sum_masked c_i, unbiased, and
+    above -log p of the sampler, by its transition matrices."""
     model = MaskTable(seed=3)
     gamma = get_schedule(name)[0](torch.linspace(0, 1, steps + 1, dtype=torch.float64)).tolist()
     truth = sum((t - s) / t * expected_cost(model, t) for s, t in zip(gamma, gamma[1:]))
     p = distribution(model, ancestral(model, gamma))
     assert p.sum().item() == pytest.approx(1, abs=1e-12) and (truth >= -p.log() - 1e-12).all()
-    one_by_one = (-enumerate_nll(model, ROWS, config())[1]).exp()
-    assert 0.05 / steps < (p - one_by_one).abs().sum() / 2 < 0.5 / steps
     cfg, x0 = config(sampling_schedule=name), ROWS[5].expand(4000, 3)
-    draws = nelbo_steps(model, x0, cfg, generator(steps), steps)
-    assert close(draws, truth[5])
-    if steps == 1:
-        assert torch.allclose(truth, -p.log(), atol=1e-12)
-        assert torch.allclose(draws, truth[5].expand(4000), atol=1e-6)
+    assert close(nelbo_steps(model, x0, cfg, generator(steps), steps), truth[5])
+    assert steps > 1 or torch.allclose(truth, -p.log(), atol=1e-12)
 
 
 def test_nelbo_is_unbiased_and_spreads_less_than_random_t():
-    """(E4) K = 8 stratified n: mean within 4 standard errors of the enumerated bound, and less
-    variance than 8 iid n, or 8 iid t with independent masks and weight 1 / t."""
-    T, B = 6, 4000
-    model = oracle(markov(3, T, seed=2, stick=1.0), 3, T)
-    x0 = torch.zeros(B, T, dtype=torch.long)
+    """(E4) stratified n: mean within 4 standard errors of the enumerated bound, for any K, and for
+    K = 8 less variance than 8 iid t with independent masks and weight 1 / t."""
+    T, B, model = 4, 4000, MaskTable(T=4, seed=2)
+    x0, g, iid = torch.zeros(B, T, dtype=torch.long), generator(2), 0
     truth = enumerate_nll(model, x0[:1], config())[0].item()
-    ours, g, iid = mdlm.nelbo(model, x0, config(), generator(1), K=8), generator(2), dict(n=0, t=0)
     for _ in range(8):
         t = torch.rand(B, generator=g)
-        n = 1 + (t * T).long()
-        for how, xt, weight in (
-                ("n", mdlm.mask_tokens(x0, n, config(), g), T / n),
-                ("t", mdlm_variants.mask_independently(x0, t, config(), g), 1 / t)):
-            iid[how] = iid[how] + mdlm.masked_ce(model, x0, xt).sum(1) * weight / 8
-    others = [mdlm.nelbo(model, x0, config(), generator(K), K) for K in (1, 5, 16)]  # any K
-    assert all(close(draws, truth, 4) for draws in (ours, *iid.values(), *others))
-    assert ours.var() < 0.6 * iid["n"].var() < 0.6 * iid["t"].var()
+        xt = mdlm_variants.mask_independently(x0, t, config(), g)
+        iid = iid + mdlm.masked_ce(model, x0, xt).sum(1).detach() / t / 8
+    ours = [mdlm.nelbo(model, x0, config(), generator(K), K) for K in (8, 1, 5)]
+    assert all(close(draws, truth, 4) for draws in (iid, *ours))
+    assert ours[0].var() < 0.5 * iid.var()
 
 
 def test_the_bound_given_some_tokens_is_the_sum_over_sets_of_the_others():
@@ -242,7 +188,7 @@ def test_the_bound_given_some_tokens_is_the_sum_over_sets_of_the_others():
 
 
 @pytest.mark.parametrize("t_sampler", DRAWS)
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_uniform_logits_cost_ln_v_per_token(name, t_sampler):
     """(E2) (E3) (E4) (E5) the cheapest test of all weights and normalisations: nelbo and the means
     exactly, the rest on average."""
@@ -252,7 +198,8 @@ def test_uniform_logits_cost_ln_v_per_token(name, t_sampler):
     for loss, exact_count in itertools.product(LOSSES, (True, False)):
         cfg = config(loss=loss, schedule=name, exact_count=exact_count, t_sampler=t_sampler)
         if loss == "nelbo" and not (exact_count and name == "linear"):
-            assert close(mean_and_se(lambda g: loss_of(model, x0, cfg, g), 8), LN3, 6)
+            mean, se = mean_and_se(lambda g: loss_of(model, x0, cfg, g), 8)
+            assert abs(mean - LN3) < 6 * se + 1e-6
         else:
             assert torch.allclose(loss_of(model, x0, cfg, generator(1)), LN3)
 
@@ -268,52 +215,11 @@ def test_the_weighted_loss_is_the_bound_per_token_for_every_schedule(name, exact
     for loss in LOSSES:
         cfg = config(loss=loss, schedule=name, exact_count=exact_count)
         with torch.no_grad():
-            mean, se = mean_and_se(lambda g: loss_of(model, batch, cfg, g), 30)
+            mean, se = mean_and_se(lambda g: loss_of(model, batch, cfg, g), 20)
         if loss == "nelbo" or loss == "mean_per_sequence" and name == "linear":
-            assert close((mean, se), bound) and se < 1e-2
+            assert abs(mean - bound) < 5 * se < 5e-2
         elif name in ("linear", "log-linear"):
             assert abs(mean - bound) > 1e-3 + 5 * se
-
-
-def test_the_weighted_loss_equals_the_published_formula():
-    """(E3) MDLM's: log-probabilities that exclude M and carry visible tokens over, total noise
-    sigma = -log(1 - t), weight sigma' / (exp(sigma) - 1); same times and masks."""
-    B, T, model = 64, 4, MaskTable(T=4, seed=6)
-    x0 = torch.randint(3, (B, T), generator=generator(1))
-    loss = loss_of(model, x0, config(loss="nelbo", exact_count=False, t_sampler="iid"),
-                   generator(2))
-    g = generator(2)
-    t = torch.rand(B, generator=g)
-    xt = torch.where(torch.rand(B, T, generator=g) < t[:, None], 3, x0)
-    logits = torch.cat((model(xt), torch.full((B, T, 1), -torch.inf)), 2)  # never predict M
-    logp = logits - logits.logsumexp(2, keepdim=True)
-    carry = torch.full_like(logp, -torch.inf).scatter(2, xt[..., None], 0.0)
-    logp = torch.where((xt != 3)[..., None], carry, logp)
-    sigma, dsigma = -torch.log1p(-t.double()), 1 / (1 - t.double())
-    nll = -logp.gather(2, x0[..., None])[..., 0] * (dsigma / torch.expm1(sigma))[:, None]
-    assert loss.item() == pytest.approx(nll.mean().item(), rel=2e-6)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("exact_count", [True, False])
-def test_no_gradient_reaches_logits_of_visible_positions(loss, exact_count):
-    """(E2) only masked positions are predicted; carry-over costs nothing."""
-    model, x0 = MaskTable(seed=7), torch.randint(3, (400, 3), generator=generator(1))
-    loss_of(model, x0, config(loss=loss, exact_count=exact_count), generator(2)).backward()
-    is_mask, touched = model.states == 3, (model.logits.grad != 0).any(2)
-    assert not touched[~is_mask].any() and touched[is_mask].float().mean() > 0.9
-    assert model.logits.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_batch_without_any_mask_costs_zero_not_nan(loss, monkeypatch):
-    model, x0 = MaskTable(), torch.zeros(2, 3, dtype=torch.long)
-    monkeypatch.setitem(DRAWS, "low_discrepancy", lambda B, g: torch.zeros(B))
-    for name in SCHEDULES + ("power0.5",):
-        cfg = config(loss=loss, schedule=name, exact_count=False)
-        value = loss_of(model, x0, cfg, generator(0))
-        value.backward()
-        assert value.item() == 0 and (model.logits.grad == 0).all()
 
 
 # ---- the network
@@ -351,22 +257,6 @@ def test_conditioning_starts_as_no_conditioning_and_comes_alive(cond):
         few, many, moved = torch.tensor([[7, 1, 1, 1], [7, 7, 7, 1], [2, 0, 3, 7]])
         told = [model.embed_noise(idx[None]) for idx in (few, many, moved)]
         assert torch.equal(told[0], told[2]) and not torch.allclose(told[0], told[1])
-
-
-@pytest.mark.parametrize("cond", CONDITIONS)
-def test_every_parameter_learns_within_a_few_steps(cond):
-    """No gate is closed behind another: all weights have moved after six optimizer steps."""
-    model, cfg = tiny(cond)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizers, g = mdlm.make_optimizers(model, cfg), generator(1)
-    for _ in range(6):
-        model.zero_grad()
-        loss_of(model, torch.arange(6).expand(16, 6) % 7, cfg, g).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-    for name, p in model.named_parameters():
-        assert p.grad is not None and p.grad.abs().max() > 0, name
-        assert not torch.equal(p, before[name]), name
 
 
 def test_masked_logits_look_right_as_well_as_left():

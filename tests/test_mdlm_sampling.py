@@ -11,10 +11,10 @@ import mdlm
 from lab import decoding
 from lab.decoding import decode
 from lab.mdlm_eval import fixed_order_nll
-from lab.mdlm_variants import Model, get_schedule
+from lab.mdlm_variants import get_schedule
 from tables import (MaskTable, all_rows, ancestral, chi_square, confidence, distribution,
-                    enumerate_nll, first_positions, fixed_order, generator, markov, one_by_one,
-                    oracle, row_counts, transition, unmask_count)
+                    enumerate_nll, first_positions, fixed_order, generator, one_by_one,
+                    row_counts, transition, unmask_count)
 
 M = 3  # the mask id of the three-token tables
 SEED = 18  # of a table for which no two orders have the same distribution
@@ -73,8 +73,8 @@ def test_mdlm_samples_two_tokens_at_once(order):
     assert chi_square(counts, want) > 1e-3 and nfe == 2
 
 
-@pytest.mark.parametrize("name, steps, n", [("linear", 1000, 3000), *itertools.product(
-    ("linear", "cosine"), (1, 2, 4, 16), (40_000,))])
+@pytest.mark.parametrize("name, steps, n", [("linear", 500, 3000), *itertools.product(
+    ("linear", "cosine"), (1, 4, 16), (20_000,))])
 def test_the_ancestral_sampler_is_a_product_of_transition_matrices(name, steps, n):
     """(E5) chi-square; a row alone costs at most one evaluation a token."""
     model = MaskTable(seed=steps)
@@ -83,19 +83,6 @@ def test_the_ancestral_sampler_is_a_product_of_transition_matrices(name, steps, 
     want = distribution(model, ancestral(model, gamma.tolist()))
     assert chi_square(draw(model, cfg, n)[0], want) > 1e-3
     assert all(1 <= draw(model, cfg, 1, seed)[1] <= min(steps, 3) for seed in range(10))
-
-
-def test_with_true_conditionals_one_token_a_step_is_exact_unless_tokens_choose_positions():
-    """(E5) enumerated: a position chosen without looking at the drawn token does not change the
-    distribution, in any order; LLaDA's remasking is more than 0.3 nats away, on every chain, and
-    two tokens at once ignore what they know of each other."""
-    for seed in range(4):
-        joint = markov(3, 4, seed=seed, stick=1.0)
-        model = oracle(joint, 3, 4)
-        every = one_by_one(model) | {"two": distribution(model, 2 * [unmask_count(model, 2)])}
-        kl = {name: (p * (p / joint).log()).sum().item() for name, p in every.items()}
-        assert kl.pop("low_confidence") > 0.3 and kl.pop("two") > 0.01
-        assert all(abs(value) < 1e-12 for value in kl.values())
 
 
 @pytest.mark.parametrize("order", ["maxprob", "margin", "entropy"])
@@ -120,16 +107,6 @@ def test_a_threshold_unmasks_every_confident_position_and_at_least_one(order, ta
     cfg = config(seq_len=3, order=order, sampler="threshold", threshold=tau, num_steps=1)
     counts, nfe = draw(model, cfg)
     assert chi_square(counts, distribution(model, 3 * [step])) > 1e-3 and nfe <= 3
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_threshold_of_zero_is_one_step_and_of_one_is_one_token_a_step(order):
-    model = MaskTable(T=4, seed=SEED)
-    for tau, left in ((0.0, [4, 0]), (1.0, [4, 3, 2, 1, 0])):
-        cfg = config(order=order, sampler="threshold", threshold=tau)
-        assert ((frames(model, cfg) == M).sum(2) == torch.tensor(left)[:, None]).all()
-    model.logits.data[..., 1] += 999  # as confident as one can be
-    assert len(frames(model, cfg)) == 2
 
 
 def test_temperature_changes_the_distribution_as_it_says():
@@ -238,23 +215,6 @@ def test_masks_disappear_and_tokens_stay(changes):
     for remask in ("none", "conf") if "order" in changes else ():
         cfg = config(num_steps=3, remask=remask, top_p=0.9, **changes)
         assert torch.equal(frames(model, cfg, 200), frames(model, cfg, 200, sample=mdlm.sample))
-
-
-@EVERY_SAMPLER
-def test_every_sampler_runs_under_bfloat16_autocast(changes):
-    """Confidences stay float32 there: a matrix product would round them to eight bits."""
-    torch.manual_seed(0)
-    model = Model(config(vocab_size=7, seq_len=8, n_layer=2, n_head=2, n_embd=16))
-    torch.nn.init.normal_(model.head.weight)
-    x = torch.full((3, 8), 7)
-    x[:, 0] = 1
-    for more in (dict(remask="conf") if "order" in changes else {}, dict(cache="dual", block=4),
-                 dict(guidance=1.0)):
-        cfg = config(vocab_size=7, seq_len=8, num_steps=4, **changes, **more)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert (frames(model, cfg, x)[-1][:, 0] == 1).all()
-            score = mdlm.ORDERS[cfg.order](torch.randn(50, 7).log_softmax(1), torch.arange(50))
-        assert score.dtype == torch.float32
 
 
 def test_fixed_order_nll_is_the_likelihood_of_unmasking_in_a_fixed_order():

@@ -1,30 +1,22 @@
 """sdd.py and lab/sdd_variants.py: candidates, precision, times, bounds, losses, original process,
 network, against Bayes' rule, enumeration and quadrature. Expected figures are made in
 sdd_tables.py or here."""
-import copy
-import dataclasses
 import itertools
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from scipy import stats
 
 import common
 import sdd
 from lab import sdd_variants as lab
-from sdd_tables import (LEVEL, TIME, Oracle, believed, chain_bound, dirichlet, entropy, grid,
-                        legendre, marginals, path, path_bound, settings, unit)
-from tables import all_rows, generator, mean_and_se
+from oracles import all_rows, dirichlet, generator, mean_and_se, row_by_row
+from sdd_tables import Oracle, chain_bound, path, path_bound, settings
 
 CLEAN = sdd.CLEAN
-SCHEDULES = ("exponential", "rational")
-CORRELATED = (0.2 * torch.eye(4) + 0.0125).flatten().double()  # V = 4, T = 2: mostly equal tokens
 TWO = torch.tensor([0.5, 0.12, 0.06, 0.32]).double()  # V = 2, T = 2
-LINKED = torch.tensor([0.3, 0.02, 0.05, 0.2, 0.04, 0.16, 0.2, 0.03]).double()  # V = 2, T = 3
 
 
 def config(V=4, T=2, **changes):
@@ -49,59 +41,26 @@ def noisy(x0, prec, V):
     return sdd.q_sample(x0, prec, torch.randn(len(x0), V, generator=generator(2)))
 
 
-def close(draws, truth, width=4.5):
-    """Is the mean of independent draws (n,) the truth, within so many standard errors?"""
-    se = draws.double().std() / len(draws) ** 0.5
-    return abs(draws.double().mean().item() - truth) < width * se.item() + 1e-6
-
-
-def row_by_row(draws, truth, times, slack=0.0, width=4.5):
-    """Are the means of `times` draws for every row in turn their truths, and is the mean of all?"""
-    draws = draws.view(len(truth), times).double()
-    off, se = draws.mean(1) - truth, draws.std(1) / times ** 0.5
-    return (off.abs() < (width + 1) * se + slack + 1e-6).all() and \
-        off.mean().abs() < width * se.square().sum().sqrt() / len(truth) + slack + 1e-6
-
-
 # ---- z and candidates
 
 
-@pytest.mark.parametrize("V", [2, 5, 40])
+@pytest.mark.parametrize("V", [2, 40])
 def test_the_softmax_of_z_is_bayes_rule(V):
     """(E1) (E2) (E5) against Gaussian densities of all tokens in float64, at every precision; with
     all tokens as candidates the state says the same, and softmax(net + own) has any prior."""
     g = generator(V)
-    for prec in (1e-4, 0.5, 3.0, 20.0, 150.0):
-        x, prec = torch.randint(V, (60,), generator=g), torch.full((60,), prec).double()
+    for level in (1e-4, 0.5, 3.0, 20.0, 150.0):
+        x, prec = torch.randint(V, (60,), generator=g), torch.full((60,), level).double()
         z = sdd.q_sample(x, prec, torch.randn(60, V, generator=g).double())
-        mean = prec[:, None, None] * torch.eye(V).double()  # of z given v, (60, v, V)
-        log = -(z[:, None] - mean).square().sum(2) / (2 * prec[:, None])
-        assert torch.allclose(z.log_softmax(1), log.log_softmax(1), atol=1e-6)
+        log = -(z[:, None] - level * torch.eye(V).double()).square().sum(2) / (2 * level)
         ids, logp = sdd.top_k_state(z, V)
         assert torch.allclose(logp[:, :-1].double(), log.log_softmax(1).gather(1, ids), atol=1e-4)
         assert (logp[:, -1] == -torch.inf).all()  # nothing is left
         net = 3 * torch.randn(60, V, generator=g)
-        want = (net.double() + log).softmax(1)
-        for how in ("exact", "state"):
+        for how in ("exact", "state") if level < 50 else ("exact",):  # the state's odds end at e^80
             own = lab.self_likelihood(ids, logp, z.float(), how)
-            if how == "exact" or prec[0] < 50:  # the state's odds end at e^80
-                assert torch.allclose((net + own).double().softmax(1), want, atol=1e-5)
-
-
-def test_z_is_brownian_motion_towards_the_token():
-    """(E1) mean prec e_x, variance prec, numbers of one token independent."""
-    n, V = 40_000, 3
-    x = torch.randint(V, (n,), generator=generator(1))
-    prec = torch.tensor([0.3, 2.0, 30.0, 0.0]).repeat(n // 4)
-    z = noisy(x, prec, V)
-    assert (z[prec == 0] == 0).all()
-    x, z, prec = x[prec > 0], z[prec > 0], prec[prec > 0]
-    eps = ((z - prec[:, None] * F.one_hot(x, V)) / prec.sqrt()[:, None]).double()
-    for level in (0.3, 2.0, 30.0):
-        part = eps[prec == level]
-        assert (part.mean(0).abs() < 4.5 / len(part) ** 0.5).all()
-        error = part.T @ part / len(part) - torch.eye(V)
-        assert (error.abs() < 4.5 * (2 / len(part)) ** 0.5).all()
+            want = (net.double() + log).softmax(1)
+            assert torch.allclose((net + own).double().softmax(1), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("V, k", [(6, 1), (6, 4), (6, 6), (6, 9), (300, 8)])
@@ -126,25 +85,6 @@ def test_a_state_holds_the_top_of_the_posterior_and_the_other_mass(V, k):
         assert torch.equal(a, b)  # without ties
 
 
-def test_candidates_of_nothing_are_random():
-    """(E3) precision 0: log p = -ln V for k tokens, the others have 1 - k / V; every slot and pair
-    is uniform, no token twice, a seed fixes them; rows that are not flat stay as they are."""
-    V, k, n = 12, 5, 6000
-    z = torch.zeros(n + 1, V)
-    z[-1, [3, 7, 2, 1, 0]] = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
-    ids, logp = lab.top_k_state(z, k, generator(1))
-    assert ids[-1].tolist() == [3, 7, 2, 1, 0]
-    ids, logp = ids[:-1], logp[:-1]
-    assert torch.allclose(logp[:, :k], torch.tensor(-math.log(V)))
-    assert torch.allclose(logp[:, -1], torch.tensor(math.log(1 - k / V)))
-    assert (ids.sort(1).values.diff(dim=1) > 0).all()
-    for slot in range(k):
-        assert stats.chisquare(ids[:, slot].bincount(minlength=V).numpy()).pvalue > 1e-3
-    pairs = (ids[:, 0] * V + ids[:, 1]).bincount(minlength=V * V).view(V, V)
-    assert stats.chisquare(pairs[~torch.eye(V).bool()].numpy()).pvalue > 1e-3
-    assert torch.equal(lab.top_k_state(z, k, generator(1))[0][:-1], ids)
-
-
 def test_the_input_tells_clean_unknown_and_noisy_positions_apart():
     """(E3) clean: log p 0 at its token; unknown: all others have it; in between: the state of its
     own z, in the order of positions."""
@@ -159,90 +99,6 @@ def test_the_input_tells_clean_unknown_and_noisy_positions_apart():
     assert logp[unknown].tolist() == 2 * [[nothing, nothing, nothing, 0]]
     for got, want in zip((ids, logp), sdd.top_k_state(z, k)):
         assert torch.equal(got[sdd.between(prec)], want)
-
-
-# ---- precision and times
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("V", [3, 2048])
-def test_precision_falls_from_clean_to_nothing_with_its_stated_slope(name, V):
-    """(E4) own time 0: CLEAN, 1: nothing; -ln t or 1 / t - 1 times 2 ln V, at least 8; monotone;
-    the slope is the finite difference, 0 at both ends."""
-    cfg = config(V, 1, schedule=name)
-    t = torch.linspace(0, 1, 501, dtype=torch.float64)[:, None]
-    prec, slope = (y[:, 0] for y in lab.noise_levels(t, torch.zeros(501, 1), cfg))
-    assert prec.dtype == torch.float32 and slope.dtype == torch.float64
-    assert prec[0] == CLEAN and prec[-1] == 0 and slope[0] == slope[-1] == 0
-    want = [min(CLEAN, unit(V) * LEVEL[name](x)) for x in t[1:, 0].tolist()]
-    assert torch.allclose(prec[1:].double(), torch.tensor(want).double(), rtol=1e-6)
-    way = sdd.between(prec)
-    assert way[-2] and (prec[way].diff() < 0).all() and torch.equal(way, slope > 0)
-    own, h = t[:, 0][way].tolist(), 1e-6
-    rate = [unit(V) * (LEVEL[name](x * (1 - h)) - LEVEL[name](x * (1 + h))) / (2 * h * x)
-            for x in own]
-    assert torch.allclose(slope[way], torch.tensor(rate, dtype=torch.float64), rtol=1e-6)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("window", [0.05, 0.5, 1.0])
-def test_every_position_goes_from_nothing_to_token_in_its_window(window, schedule):
-    """(E4) own time (t - tau) / w, clamped: unknown at t = 1, clean at t = 0, on its way during a
-    share w of the path, whose slope is in t; a given position is clean all the time."""
-    cfg, shape = config(3, 24, noise_window=window, schedule=schedule), (50, 24)
-    is_given = torch.rand(shape, generator=generator(4)) < 0.2
-    tau = sdd.position_times(shape, cfg, generator(1), is_given)
-    busy, many = torch.zeros(shape), 400
-    for t in (torch.arange(many) + 0.5) / many:
-        prec, slope = lab.noise_levels(t.expand(50, 1), tau, cfg)
-        own = ((t - tau) / window).double().clamp(1e-12, 1)
-        curve, rate = ((-own.log(), 1 / own) if schedule == "exponential" else
-                       (1 / own - 1, own ** -2))
-        want = (unit(3) * curve).clamp(0, CLEAN)
-        assert torch.allclose(prec.double(), want, rtol=1e-4, atol=1e-4)
-        way = sdd.between(prec)
-        assert torch.equal(way, slope > 0) and (prec[is_given] == CLEAN).all()
-        assert torch.allclose(slope[way], (unit(3) * rate / window)[way], rtol=1e-4)
-        busy += way.double() / many
-    cut = TIME[schedule](CLEAN / unit(3))  # own time at which a position counts as clean
-    assert (busy - window * (1 - cut))[~is_given].abs().max() <= 1.01 / many
-    assert (sdd.noise_levels(torch.zeros(50, 1), tau, cfg)[0] == CLEAN).all()
-    assert sdd.noise_levels(torch.ones(50, 1), tau, cfg)[0][~is_given].max() < 1e-5
-
-
-def test_times_are_evenly_spread_in_random_order():
-    """(E4) sorted, they are (1 - w) (rank + u) / T with one uniform u per row, every order equally
-    likely; given positions are left out."""
-    cfg = config(T=5, noise_window=0.3)
-    tau = sdd.position_times((8000, 5), cfg, generator(2)) / 0.7 * 5
-    offset = tau.sort(1).values - torch.arange(5)
-    assert (offset - offset[:, :1]).abs().max() < 1e-5 and 0 <= offset.min() and offset.max() < 1
-    assert stats.kstest(offset[:, 0].numpy(), "uniform").pvalue > 1e-3
-    rank = tau.argsort(1).argsort(1)
-    orders = (rank[:, :4] * 5 ** torch.arange(4)).sum(1).unique(return_counts=True)[1]
-    assert len(orders) == 120 and stats.chisquare(orders.numpy()).pvalue > 1e-3
-    is_given = torch.rand(300, 5, generator=generator(4)) < 0.4
-    is_given[0] = True
-    tau = sdd.position_times((300, 5), cfg, generator(5), is_given)
-    assert (tau[is_given] == torch.inf).all()
-    for row, keep in zip(tau, ~is_given):
-        N = int(keep.sum())
-        offset = row[keep].sort().values / 0.7 * max(N, 1) - torch.arange(N)
-        assert N == 0 or 0 <= offset.min() and offset.max() < 1 and offset.std(0, False) < 1e-5
-
-
-def test_times_are_reassigned_by_score_among_those_that_wait():
-    """Waiting positions keep their times as a set; the best one has the latest, and is denoised
-    first."""
-    g = generator(6)
-    tau, waits = torch.rand(300, 8, generator=g), torch.rand(300, 8, generator=g) < 0.6
-    tau[~waits & (torch.rand(300, 8, generator=g) < 0.3)] = torch.inf  # some are given
-    score = torch.rand(300, 8, generator=g)
-    new = sdd.reassign_times(tau, waits, score)
-    assert torch.equal(new[~waits], tau[~waits])
-    for row, old, mask, value in zip(new, tau, waits, score):
-        by_score = row[mask][value[mask].argsort(descending=True)]
-        assert torch.equal(by_score, old[mask].sort(descending=True).values)
 
 
 # ---- self-likelihood and candidates that suit the context
@@ -280,247 +136,69 @@ def test_the_self_likelihood_is_added_where_it_was_observed(how):
     target = torch.tensor([[1, 0, 0, 1], [1, 0, 1, 1], [0, 1, 0, 1]]).bool()
     logits, own = lab.predict(model, x, prec, z, target, cfg)
     ids, logp, asked = model.calls[0]
-    assert torch.equal(asked, target) and logits.dtype == torch.float32
+    assert torch.equal(asked, target) and torch.equal(logits, model(ids, logp, target) + own)
     assert all(torch.equal(a, b) for a, b in zip((ids, logp), sdd.input_state(x, prec, z, k)))
-    assert torch.equal(logits, model(ids, logp, target) + own)
     full = torch.zeros(3, 4, V)
     full[is_noisy] = lab.self_likelihood(ids[is_noisy], logp[is_noisy], z, how)
     assert torch.equal(own, full[target]) and (own[[0, 3, 4]] == 0).all()
-    if how == "exact":
-        assert all(torch.equal(a, b) for a, b in zip(
-            (logits, own), sdd.predict(model, x, prec, z, target)))
     hide = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0]]).bool()
     bare, same = lab.predict(model, x, prec, z, target, cfg, hide)
     shown = model.calls[-1][1]
     assert torch.equal(same, own) and torch.equal(shown[~hide], logp[~hide])
-    assert (shown[hide][:, -1] == 0).all() and (shown[hide][:, :-1] == -torch.inf).all()
-    assert (bare - logits).abs().max() > 1e-3
+    assert (shown[hide][:, -1] == 0).all() and (bare - logits).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("how", ["exact", "none"])
-def test_posterior_candidates_are_the_top_of_what_the_network_said(how):
+def test_posterior_candidates_are_the_top_of_what_the_network_said():
     """(E3) the k largest of softmax(net + z), net of a first evaluation that saw the candidates of
     z alone, or of an earlier one; all else stays; nobody learns through the first evaluation."""
     V, k, T, g = 11, 3, 5, generator(1)
-    some = dict(V=V, T=T, k=k, candidates="posterior", add_likelihood=how)
+    some = dict(V=V, T=T, k=k, candidates="posterior")
     cfg, model, seen = config(**some), network(shake=0.3, **some), []
     model.register_forward_hook(lambda m, args, out: seen.append((args, out)))
     prec = torch.tensor([[0.0, 2.0, CLEAN, 5.0, 1.0], [7.0, CLEAN, 0.0, 3.0, 0.0]])
     x, is_noisy = torch.randint(V, prec.shape, generator=g), sdd.between(prec)
-    z = lab.draw_z(x, prec, V, g)
-    target = torch.tensor([[1, 0, 0, 1, 1], [1, 0, 1, 0, 1]]).bool()
+    z, prev = lab.draw_z(x, prec, V, g), 3 * torch.randn(5, V, generator=g)
+    target, plain = prec < 4, sdd.input_state(x, prec, z, k)
     logits, own = lab.predict(model, x, prec, z, target, cfg)
-    ((ids, logp, asked), first), ((now, told, wanted), net) = seen
-    plain = sdd.input_state(x, prec, z, k)
-    assert torch.equal(asked, is_noisy) and torch.equal(wanted, target)
-    assert not torch.equal(now, plain[0])  # the context has a say
-    for got, want, other in zip((now, told), sdd.top_k_state(first + z, k), plain):
-        assert torch.equal(got[is_noisy], want) and torch.equal(got[~is_noisy], other[~is_noisy])
-    assert not first.requires_grad and torch.equal(logits, net + own)
-    full = torch.zeros(2, T, V)
-    full[is_noisy] = z if how == "exact" else 0 * z
-    assert torch.equal(own, full[target])
-    seen.clear()
-    prev = 3 * torch.randn(z.shape, generator=g)
     lab.predict(model, x, prec, z, target, cfg, None, prev)
-    ((now, told, _), _), = seen  # one evaluation
-    assert all(torch.equal(a[is_noisy], b) for a, b in zip((now, told),
-                                                           sdd.top_k_state(prev + z, k)))
+    ((_, _, asked), first), ((*now, wanted), net), ((*later, _), _) = seen
+    assert torch.equal(asked, is_noisy) and torch.equal(wanted, target)
+    assert not first.requires_grad and torch.equal(logits, net + own)
+    for shown, said in ((now, first), (later, prev)):
+        assert not torch.equal(shown[0], plain[0])  # the context has a say
+        for got, want, other in zip(shown, sdd.top_k_state(said + z, k), plain):
+            assert torch.equal(got[is_noisy], want)
+            assert torch.equal(got[~is_noisy], other[~is_noisy])
 
 
-def test_by_default_the_variants_are_the_script():
-    """The same network, loss, gradient, bound and samples from the same generator states."""
-    x0 = torch.randint(11, (12, 6), generator=generator(1))
-    for changes in (dict(), dict(noise_window=0.2, k=20)):
-        cfg = config(11, 6, **dict(k=3) | changes)
-        torch.manual_seed(0)
-        model, ours = sdd.Model(cfg), network(**dict(V=11, T=6, k=3) | changes)
-        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), ours.parameters()))
-        for one in (model, ours):
-            one.head.weight.data.normal_(generator=generator(2))
-        results = []
-        for script, net in ((sdd, model), (lab, ours)):
-            loss = script.loss_fn(net, x0, *script.corrupt(x0, cfg, generator(3)))
-            loss.backward()
-            some = dataclasses.replace(cfg, order="maxprob", remask="conf", num_steps=9,
-                                       sampler="deterministic", temperature=0.3)
-            results.append((loss, net.wte.weight.grad, script.nelbo(net, x0, cfg, generator(4)),
-                            *(script.sample(net, torch.full((8, 6), 11), c, generator(5))[0]
-                              for c in (cfg, some))))
-        assert all(torch.equal(a, b) for a, b in zip(*results))
-
-
-# ---- the bound of a fresh network
-
-
-FRESH = [dict(V=2), dict(V=4, noise_window=0.2, schedule="rational"), dict(V=28, k=1),
-         dict(V=28, k=5, noise_window=0.1, attention="full"),
-         dict(V=28, k=28, add_likelihood="state"),
-         dict(V=500, k=8, noise_window=0.3), dict(V=28, k=3, candidates="posterior")]
-
-
-@pytest.mark.parametrize("kind", FRESH, ids=lambda k: " ".join(map(str, k.values())))
-def test_a_fresh_network_pays_ln_v(kind):
-    """(E6) zero head: T ln V, whatever the tokens, within 4 standard errors; every weight and
-    factor of the bound is in this figure. For any k with the exact self-likelihood, for k = V with
-    what the candidates tell."""
-    T, V = 6, kind["V"]
-    x0 = torch.randint(V, (320, T), generator=generator(1))
-    nats = lab.nelbo(network(T=T, **kind), x0, config(T=T, **kind), generator(2))
-    assert nats.shape == (320,) and nats.dtype == torch.float64
-    assert close(nats, T * math.log(V), 4) and nats.std() < 1.5 * T * math.log(V)
-
-
-def test_few_candidates_cost_a_little():
-    """(E5) (E6) add_likelihood state: the same draws cost more with k < V than with k = V, by 1/2
-    int E |theta - theta~|^2 dprec, as computed here from Gaussians; less than 0.1 nats a token."""
-    T, V, k = 4, 28, 3
-    wide = dict(V=V, T=T, add_likelihood="state")
-    x0 = torch.randint(V, (384, T), generator=generator(1))
-    few, every = (lab.nelbo(network(**wide, k=n), x0, config(**wide, k=n), generator(2)) / T
-                  for n in (k, V))
-    prec = torch.linspace(0, 60, 61).double()
-    z = sdd.q_sample(torch.zeros(400).long().repeat(61), prec.repeat_interleave(400),
-                     torch.randn(61 * 400, V, generator=generator(3)).double())
-    theta = z.softmax(1).sort(1, descending=True).values[:, k:]
-    lost = (theta - theta.mean(1, keepdim=True)).square().sum(1).view(61, 400)
-    excess = torch.trapezoid(0.5 * lost.mean(1), prec).item()
-    assert 0.003 < excess < 0.1 and close(few - every, excess) and (few - every).mean() > 0
-
-
-def test_precision_runs_from_nothing_to_clean():
-    """(E6) a network that always says 1 / V, without self-likelihood, pays 1/2 (1 - 1 / V) for
-    every unit of precision, and there are CLEAN of them."""
-    wide = dict(V=3, T=3, add_likelihood="none", noise_window=0.2, schedule="rational")
-    x0 = torch.randint(3, (192, 3), generator=generator(1))
-    nats = lab.nelbo(network(**wide), x0, config(**wide), generator(2), 16)
-    assert close(nats, 3 * CLEAN * 0.5 * (1 - 1 / 3), 4) and nats.std() < nats.mean()
-
-
-@pytest.mark.parametrize("k, candidates", [(2, "likelihood"), (5, "likelihood"), (2, "posterior")])
-def test_a_fresh_network_biased_to_frequencies_pays_their_cross_entropy(k, candidates):
-    """(E6) net = log p: -log p(x0) for every row, as the exact posterior of independent tokens;
-    window, schedule, k and the number of steps do not matter."""
-    p = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
-    x0 = torch.multinomial(p, 512 * 6, True, generator=generator(1)).view(512, 6)
-    truth = -p.log()[x0].sum(1).double()
-    for window, schedule in ((1.0, "rational"), (0.3, "exponential")):
-        wide = dict(V=5, T=6, k=k, candidates=candidates, noise_window=window, schedule=schedule)
-        cfg, model = config(**wide), network(**wide)
-        model.head.bias.data = sdd.Model.CAP * (p.log() / sdd.Model.CAP).atanh()
-        assert close(lab.nelbo(model, x0, cfg, generator(2)) - truth, 0, 4)
-        for steps in (1, 5):
-            nats = lab.nelbo_steps(model, x0, cfg, generator(3), steps)
-            assert close(nats - truth, 0, 4) and (steps > 1 or (nats - truth).abs().max() < 1e-4)
+# ---- the bound
 
 
 def test_the_bound_of_any_network_stays_above_the_entropy():
     """(E6) posterior candidates are made of z alone, no truth leaks: a random network on tokens
     that are independent and uniform pays more than T ln V, in few steps too."""
     some = dict(V=5, T=4, k=2, candidates="posterior", noise_window=0.5)
-    cfg, x0 = config(**some), torch.randint(5, (3000, 4), generator=generator(5))
+    cfg, x0 = config(**some), torch.randint(5, (1200, 4), generator=generator(5))
     model = network(shake=0.3, **some)
     for nats in (lab.nelbo(model, x0, cfg, generator(6)),
                  lab.nelbo_steps(model, x0, cfg, generator(6), 8)):
         assert nats.mean() > 4 * math.log(5) + 4 * nats.std() / len(nats) ** 0.5
 
 
-# ---- the bound of exact and of perturbed posteriors
-
-
-def quadrature(model, cfg, nodes=24, n=36):
-    """(E6) of every row, (4,), for two tokens and positions, with the script's own precisions,
-    states, predictions and errors: Gauss-Legendre over the root of one position's precision,
-    Gauss-Hermite over the noise of both, all orders. No other position may begin or end meanwhile.
-    """
-    w, rows, total = cfg.noise_window, all_rows(2, 2), torch.zeros(4).double()
-    xi, weight = grid(2, n)
-    eps = torch.stack((xi, -xi), 2).div(math.sqrt(2)).float().repeat(4, 1, 1)  # (4 n^2, T, V)
-    x0 = rows.repeat_interleave(len(xi), 0)
-    for order, i in itertools.product(((0, 1), (1, 0)) if w < 1 else ((0, 1),), (0, 1)):
-        tau = (1 - w) / 2 * torch.tensor(order).double()
-        for x, share in legendre(nodes):
-            now = 90 * x * x
-            own = TIME[cfg.schedule](now / unit(2))
-            prec, slope = (y.expand(x0.shape) for y in lab.noise_levels(
-                (tau[i] + w * own).view(1, 1), tau[None], cfg))
-            assert prec[0, i].item() == pytest.approx(now, rel=1e-3)
-            target = torch.arange(2).expand(prec.shape) == i
-            z = sdd.q_sample(*(y[sdd.between(prec)] for y in (x0, prec, eps)))
-            logits, _ = sdd.predict(model, x0, prec, z, target)
-            cost = 0.5 * slope[:, i] * sdd.squared_error(logits, x0[:, i])
-            dt = w * own ** (1 if cfg.schedule == "exponential" else 2) / unit(2) * 180 * x * share
-            total += (cost.view(4, -1) @ weight) * dt / (2 if w < 1 else 1)
-    return total
-
-
-@pytest.mark.parametrize("window, schedule", itertools.product((0.2, 1.0), SCHEDULES))
-def test_the_bound_of_exact_posteriors_is_the_entropy(window, schedule):
-    """(E2) (E4) (E5) (E6) two tokens, two positions, no chance: -log p of every row, and the
-    entropy, to 1e-3; a network that errs pays more."""
-    cfg = config(2, noise_window=window, schedule=schedule)
-    exact = quadrature(Oracle(TWO, 2, 2), cfg)
-    assert (exact + TWO.log()).abs().max() < 2e-3
-    assert (TWO * exact).sum().item() == pytest.approx(entropy(TWO), abs=3e-4)
-    tilted = quadrature(Oracle(TWO, 2, 2, 0.3), cfg, 12, 20)
-    assert (TWO * (tilted - exact)).sum() > 0.01
-
-
-@pytest.mark.parametrize("window, schedule", [(0.2, "exponential"), (1.0, "rational")])
-def test_the_estimate_of_an_exact_posterior_is_minus_log_p(window, schedule):
-    """(E4) (E6) nelbo() with four tokens and k = V, every one of 16 rows, within 4.5 standard
-    errors; the entropy, too. The same draws cost more when the network sees one candidate a
-    position, and when it errs."""
-    cfg, times = config(noise_window=window, schedule=schedule), 240
-    x0 = all_rows(4, 2).repeat_interleave(times, 0)
-    exact, few, tilted = (lab.nelbo(Oracle(CORRELATED, 4, 2, tilt, k), x0, cfg, generator(3), 6)
-                          for tilt, k in ((0, 4), (0, 1), (1.2, 4)))
-    assert row_by_row(exact, -CORRELATED.log(), times)
-    for worse in (few, tilted):
-        gap = (worse - exact).view(16, times)
-        se = (CORRELATED * gap.std(1) / times ** 0.5).square().sum().sqrt()
-        gap = (CORRELATED * gap.mean(1)).sum()
-        if worse is few and window < 0.5:  # one position at a time, all others clean or unknown
-            assert gap.abs() < 1e-3
-        else:
-            assert gap > 4 * se and gap > 0.01
-
-
 @pytest.mark.parametrize("window, schedule", [(1.0, "rational"), (0.3, "exponential"),
                                               (0.6, "exponential")])
 def test_the_estimate_of_the_bound_is_unbiased(window, schedule):
-    """(E4) (E6) nelbo() of a network that errs, for every row against quadrature that knows nothing
-    of the script, for any K; stratified times spread less than as many independent ones."""
+    """(E2) (E4) (E6) nelbo() of a network that errs, for every row against quadrature that knows
+    nothing of the script, for any K; stratified times spread less than as many independent ones."""
     model, cfg = Oracle(TWO, 2, 2, 0.7), config(2, noise_window=window, schedule=schedule)
     truth, times, spread = path_bound(model, window, schedule), 640, {}
     x0 = all_rows(2, 2).repeat_interleave(times, 0)
     assert (truth + TWO.log()).abs().max() > 0.02
-    for K in (1, 4, 16):
+    for K in (1, 16):
         nats = lab.nelbo(model, x0, cfg, generator(K), K)
         assert row_by_row(nats, truth, times, 2e-3)
         spread[K] = nats.view(4, times).std(1).mean()
     assert spread[16] < 0.9 * spread[1] / 4
-
-
-@pytest.mark.parametrize("window", [0.4, 1.0])
-def test_a_bound_given_some_tokens_is_that_of_the_others(window):
-    """(E6) -log p(others | given) for every row; what is all given costs nothing and is shown
-    clean."""
-    model, x0, times = Oracle(LINKED, 2, 3), all_rows(2, 3), 320
-    cfg, cube = config(2, 3, noise_window=window), LINKED.view(2, 2, 2)
-    rows = x0.repeat_interleave(times, 0)
-    for given, p in (([True, False, False], cube.sum((1, 2))[x0[:, 0]]),
-                     ([False, True, True], cube.sum(0)[x0[:, 1], x0[:, 2]])):
-        given = torch.tensor(given).expand(len(rows), 3)
-        nats = sdd.nelbo(model, rows, cfg, generator(4), 4, given)
-        assert row_by_row(nats, (p / LINKED).log(), times)
-        ids, logp, target = model.calls[-1]
-        assert not target[given[:64]].any() and (logp[..., 0][given[:64]] == 0).all()
-        assert torch.equal(ids[..., 0][given[:64]], rows[-64:][given[:64]])
-    assert (sdd.nelbo(model, x0, cfg, generator(4), 4, torch.ones(8, 3).bool()) == 0).all()
-
-
-# ---- the bounds of few steps
 
 
 @pytest.mark.parametrize("sampler", ["token", "ancestral"])
@@ -545,64 +223,7 @@ def test_the_bound_of_few_steps_is_unbiased(sampler, monkeypatch):
             assert torch.allclose(nats.view(4, times), want[:, None], atol=1e-5)
 
 
-def test_entropy_token_and_ancestral_bound_are_in_this_order():
-    """(E7) exact posteriors: H <= token, which begins at the sum of the marginal entropies and
-    falls, <= ancestral; both end at H. By quadrature, to which the test above ties nelbo_steps."""
-    model, H, last = Oracle(TWO, 2, 2), entropy(TWO), None
-    for steps in (1, 2, 4, 16, 64):
-        A, C = ((TWO * chain_bound(model, path(steps, 2, schedule="exponential"), sampler)).sum()
-                for sampler in ("ancestral", "token"))
-        if steps == 1:
-            first = torch.special.entr(marginals(TWO, 2, 2)).sum().item()
-            assert A.item() == pytest.approx(first) and C.item() == pytest.approx(first)
-        else:
-            assert H < C < A - 0.005 and C < last
-        last = C
-    assert C < H + 0.01 and A < H + 0.06
-
-
 # ---- training
-
-
-@pytest.mark.parametrize("window", [1.0, 0.2])
-def test_the_ce_loss_is_a_mean_of_means(window, monkeypatch):
-    """(E1) (E4) cross-entropy of what is not clean, averaged in each row, then over rows; z has the
-    distribution of its precision; a row's time is one in every 200th."""
-    V, seen, predict = 11, [], sdd.predict
-    monkeypatch.setattr(sdd, "predict",
-                        lambda *args: seen.append((*args, predict(*args))) or seen[-1][-1])
-    wide = dict(V=V, T=9, k=4, noise_window=window)
-    model, cfg = network(shake=0.3, **wide), config(**wide)
-    x0 = torch.randint(V, (200, 9), generator=generator(1))
-    loss = sdd.loss_fn(model, x0, *sdd.corrupt(x0, cfg, generator(2)))
-    (_, x, prec, z, target, (out, _)), = seen
-    assert torch.equal(x, x0) and torch.equal(target, prec < CLEAN)
-    cost = torch.zeros(200, 9)
-    cost[target] = -out.log_softmax(1)[torch.arange(len(out)), x0[target]]
-    rows = [row[w].mean() for row, w in zip(cost, target) if w.any()]
-    assert loss.item() == pytest.approx((sum(rows) / 200).item(), rel=1e-4)
-    level = prec[sdd.between(prec)][:, None]
-    eps = (z - level * F.one_hot(x0[sdd.between(prec)], V)) / level.sqrt()
-    eps = eps.double().flatten()
-    assert abs(eps.mean()) < 4.5 / len(eps) ** 0.5
-    assert abs(eps.square().mean() - 1) < 4.5 * (2 / len(eps)) ** 0.5
-    if window == 1:
-        t = (-prec[:, 0].double() / unit(V)).exp() * 200
-        assert (t - torch.arange(200) - 0.5).abs().max() < 0.51
-
-
-def test_a_prefix_is_as_long_and_as_frequent_as_stated(monkeypatch):
-    """floor(T u) first positions, clean, in a share `prefix` of the rows; never the whole row."""
-    seen, position_times = [], sdd.position_times
-    monkeypatch.setattr(sdd, "position_times", lambda shape, cfg, g, is_given=None:
-                        seen.append(is_given) or position_times(shape, cfg, g, is_given))
-    x0, cfg = torch.zeros(4000, 5).long(), config(T=5, prefix=0.6)
-    prec, _, weight = lab.corrupt(x0, cfg, generator(2))
-    size = seen[-1].sum(1)
-    assert torch.equal(seen[-1], torch.arange(5) < size[:, None]) and size.max() < 5
-    assert (prec[seen[-1]] == CLEAN).all() and (weight[seen[-1]] == 0).all()
-    want = [4000 * p for p in (0.4 + 0.6 / 5, *4 * [0.6 / 5])]
-    assert stats.chisquare(size.bincount(minlength=5).numpy(), want).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("window, schedule", [(1.0, "rational"), (0.6, "exponential")])
@@ -645,33 +266,27 @@ def test_the_original_state_holds_the_answer(swap):
     x0 = torch.randint(V, (n, T), generator=generator(1))
     for t in (0.0, 0.4, 1.0):
         ids, logp, noise = lab.original_state(x0, torch.full((n, 1), t), cfg, generator(2))
-        assert ids.shape == (n, T, k) and logp.shape == (n, T, k + 1)
         p = torch.tensor([1 - 0.01 * (k - 1)] + (k - 1) * [0.01]) * (1 - t) + t / V
-        assert torch.allclose(logp[..., :-1].exp(), p.expand(n, T, k), atol=1e-6)
-        rest = max(1e-9, 1 - p.double().sum().item())
-        assert torch.allclose(logp[..., -1].exp(), torch.tensor(rest), atol=1e-6)
+        p = torch.cat((p, (1 - p.sum(0, True)).clamp(min=1e-9)))
+        assert torch.allclose(logp.exp(), p.expand(n, T, k + 1), atol=1e-6)
         hit, copied = (ids == x0[..., None]).double().mean((0, 1)), 1 - swap * t * (1 - 1 / V)
         assert abs(hit[0] - copied) <= 4.5 * (copied * (1 - copied) / x0.numel()) ** 0.5
         assert ((hit[1:] - 1 / V).abs() < 4.5 * (1 / V / x0.numel()) ** 0.5).all()
-        for slot in range(1, k):
-            assert stats.chisquare(ids[..., slot].flatten().bincount(minlength=V)).pvalue > 1e-4
         assert noise.shape == (n, T, k, cfg.n_embd) and (t > 0 or (noise == 0).all())
         assert t == 0 or abs(noise.std() / (0.1 * t) - 1) < 4.5 / (2 * noise.numel()) ** 0.5
 
 
-@pytest.mark.parametrize("swap, k", [(0.95, 8), (0.95, 1), (0.0, 8)])
+@pytest.mark.parametrize("swap, k", [(0.95, 8), (0.0, 8)])
 def test_a_copy_of_the_first_candidate_scores_as_theory_says(swap, k, monkeypatch):
     """copy_baseline: 1 - swap E[t] (1 - 1 / V) within 1 %; among the candidates 1 - swap E[t]
-    (1 - 1 / V)^k; without swaps exactly 1; by time, falling; a fresh network knows nothing; there
-    is no likelihood."""
+    (1 - 1 / V)^k; by time, falling; a fresh network knows nothing; there is no likelihood."""
     wide = dict(V=50, T=64, k=k, process="original", swap=swap)
-    x0, model = torch.randint(50, (300, 64), generator=generator(1)), network(**wide)
+    x0, model = torch.randint(50, (150, 64), generator=generator(1)), network(**wide)
     monkeypatch.setattr(sdd, "get_eval_rows", lambda split, cfg, n: (x0[:n], None))
-    got = lab.copy_baseline(model, SimpleNamespace(val=None), config(**wide), "val", 300)
+    got = lab.copy_baseline(model, SimpleNamespace(val=None), config(**wide), "val", 150)
     copied, among = 1 - swap / 2 * (1 - 1 / 50), 1 - swap / 2 * (1 - 1 / 50) ** k
     assert got["copy"] == pytest.approx(copied, rel=0.01)
     assert got["among"] == pytest.approx(among, rel=0.01)
-    assert swap > 0 or got["copy"] == got["among"] == 1
     assert got["accuracy"] == pytest.approx(1 / 50, abs=0.01) and got["bound"] == "none"
     for i, value in enumerate(got["copy_at"]):
         assert value == pytest.approx(1 - swap * (i + 0.5) / 8 * (1 - 1 / 50), abs=0.02)
@@ -699,15 +314,11 @@ def test_the_loss_of_the_original_process_is_cross_entropy_everywhere():
 # ---- the network
 
 
-def some_states(V=11, T=6, k=4, B=3, seed=9, num_noisy=None):
-    """States of every kind, ids (B, T, K), logp (B, T, K + 1); num_noisy of each row, or some."""
+def some_states(V=11, T=6, k=4, B=3, seed=9):
+    """States of every kind, ids (B, T, K), logp (B, T, K + 1)."""
     g = generator(seed)
     prec = torch.tensor([0.0, 4.0, CLEAN, 2.0, 7.0, 1.0])[:T].expand(B, T)
     prec = torch.stack([row[torch.randperm(T, generator=g)] for row in prec])
-    if num_noisy is not None:
-        for row, many in zip(prec, num_noisy):
-            row[:] = torch.tensor(([0.0, CLEAN] * T)[:T])
-            row[:many] = 3.0
     x = torch.randint(V, (B, T), generator=g)
     return sdd.input_state(x, prec, lab.draw_z(x, prec, V, g), k)
 
@@ -782,132 +393,24 @@ def test_the_network_is_what_its_description_says(attention):
         assert 9.9 < model(ids, logp).abs().max() <= 10
 
 
-def test_pooled_and_full_are_the_same_where_nothing_is_noisy():
-    pooled, full = (network(shake=0.3, attention=a, **SHAPES) for a in ("pooled", "full"))
-    missing = full.load_state_dict(pooled.state_dict(), strict=False).missing_keys
-    assert missing == ["slot_score.weight"]
-    for num_noisy in ([0, 0, 0], [0, 2, 0]):
-        state = some_states(num_noisy=num_noisy)
-        one, two = pooled(*state), full(*state)
-        for i in range(3):
-            assert torch.allclose(one[i], two[i], atol=1e-5) == (num_noisy[i] == 0)
-
-
-@ATTENTION
-def test_only_what_has_probability_is_seen_and_order_does_not_matter(attention):
-    """(E3) a candidate without any has no influence, so K may grow; nor have the ids of unknown
-    positions, those after the first of clean ones, or the order of candidates."""
-    model, (ids, logp) = network(shake=0.3, attention=attention, **SHAPES), some_states()
-    is_noisy, out = (logp[..., 0] < 0) & (logp[..., -1] < 0), model(ids, logp)
-    for nothing in (-math.inf, -100.0):
-        more = torch.cat((logp[..., :-1], torch.full((3, 6, 5), nothing), logp[..., -1:]), 2)
-        for value in (2, 7):
-            assert torch.allclose(model(F.pad(ids, (0, 5), value=value), more), out, atol=1e-5)
-    other, clean = ids.clone(), logp[..., 0] == 0
-    other[logp[..., -1] == 0] = 7
-    other[..., 1:][clean] = 5
-    assert not torch.equal(other, ids) and torch.equal(model(other, logp), out)
-    other[..., 0][clean] = (other[..., 0][clean] + 1) % 11
-    assert (model(other, logp) - out).abs().amax((1, 2)).min() > 1e-3
-    order = torch.tensor([2, 0, 3, 1])
-    turned = torch.where(is_noisy[..., None], ids[..., order], ids)
-    moved = torch.where(is_noisy[..., None], torch.cat((logp[..., order], logp[..., -1:]), 2), logp)
-    assert torch.allclose(model(turned, moved), out, atol=1e-5)
-    assert (model(turned, logp) - out).abs().max() > 1e-2
-    logp[..., 0][is_noisy] -= 0.5
-    assert (model(ids, logp) - out).abs().amax(2).min() > 1e-4
-
-
-@ATTENTION
-def test_every_position_sees_every_other_of_its_row_and_no_other_row(attention):
-    """Rows have 4, 0, 1 and 6 noisy positions, and no padding of one leaks into another."""
-    model = network(shake=0.3, attention=attention, **SHAPES)
-    ids, logp = some_states(B=4, num_noisy=[4, 0, 1, 6])
-    out = model(ids, logp)
-    for i in range(4):
-        assert torch.allclose(model(ids[i:i + 1], logp[i:i + 1]), out[i:i + 1], atol=1e-5)
-    for row, i in ((0, 0), (0, 5), (3, 2)):  # noisy, clean, noisy
-        other = ids.clone()
-        other[row, i, 0] = next(v for v in range(11) if v not in other[row, i])
-        change = (model(other, logp) - out).abs().amax(2)
-        assert (change[row] > 1e-5).all() and change[torch.arange(4) != row].max() < 1e-5
-
-
 @ATTENTION
 def test_all_precisions_are_finite_forward_and_backward(attention):
-    """0, tiny, ordinary, just below CLEAN, CLEAN, in float32 and under bfloat16 autocast; both
-    losses, the bounds, every gradient; logits stay float32 and the self-likelihood exact, where
-    bfloat16 would lose whole nats."""
+    """0, tiny, ordinary, just below CLEAN, CLEAN, in float32 and under bfloat16 autocast; every
+    gradient; logits stay float32 and the self-likelihood exact, where bfloat16 would lose whole
+    nats."""
     prec = torch.tensor([[0.0, 1e-6, 2.0, 40.0, CLEAN - 1e-3, CLEAN]]).expand(3, 6)
     x0, target = torch.arange(18).view(3, 6) % 11, prec < CLEAN
     z = lab.draw_z(x0, prec, 11, generator(1))
-    for cast in (False, True):
-        total = 0.0
-        for how, candidates in (("exact", "likelihood"), ("state", "likelihood"),
-                                ("none", "likelihood"), ("exact", "posterior")):
-            some = dict(SHAPES, noise_window=0.5, add_likelihood=how, candidates=candidates,
-                        attention=attention)
-            model, cfg = network(shake=0.3, **some), config(**some)
-            plain = lab.predict(model, x0, prec, z, target, cfg)
-            with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-                out, own = lab.predict(model, x0, prec, z, target, cfg)
-                assert out.dtype == own.dtype == torch.float32 and out.isfinite().all()
-                assert candidates == "posterior" or torch.equal(own, plain[1])
-                assert own.max() > 100 - 30 * (how == "state") or how == "none"
-                total = F.cross_entropy(out, x0[target])
-                for loss in ("ce", "nelbo"):
-                    model.cfg = dataclasses.replace(cfg, loss=loss)
-                    total = total + loss_of(model, x0, model.cfg, generator(1))
-                for sampler in ("token", "ancestral"):
-                    assert lab.nelbo_steps(model, x0, cfg, generator(1), 4,
-                                           sampler).isfinite().all()
-                assert lab.nelbo(model, x0, cfg, generator(1)).isfinite().all()
-            total.backward()
-            for name, p in model.named_parameters():
-                assert p.grad is not None and p.grad.isfinite().all(), name
-
-
-@pytest.mark.parametrize("kind", [dict(), dict(attention="full", loss="nelbo"),
-                                  dict(process="original", attention="full")], ids=str)
-def test_every_parameter_learns_within_a_few_steps(kind):
-    """No gate is closed behind another; every weight has exactly one optimizer."""
-    wide = SHAPES | dict(noise_window=0.5) | kind
-    model, cfg = network(**wide), config(**wide, lr=1e-3)
-    before, x0 = copy.deepcopy(model.state_dict()), torch.arange(6).expand(16, 6) % 11
-    optimizers, g = sdd.make_optimizers(model, cfg), generator(1)
-    for _ in range(6):
-        loss_of(model, x0, cfg, g).backward()
-        for optimizer in optimizers:
-            optimizer.step(), optimizer.zero_grad()
-    for name, p in model.named_parameters():
-        assert not torch.equal(p, before[name]), name
-    owned = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
-    assert sorted(owned) == sorted(map(id, model.parameters()))
-
-
-@pytest.mark.parametrize("kind", [dict(candidates="posterior"), dict(attention="full",
-                                  curriculum="1,3"), dict(loss="nelbo", add_likelihood="state")],
-                         ids=str)
-def test_a_batch_can_be_learned_by_heart(kind):
-    """Three rows: the loss falls far, the bound to near ln 3, never far below, and samples are
-    those rows."""
-    x0 = torch.tensor([[1, 2, 3, 4], [6, 5, 4, 3], [9, 0, 10, 0]])
-    wide = dict(V=11, T=4, k=3, noise_window=0.3, n_embd=32, lr=1e-2, warmup=10, steps=130,
-                num_steps=20) | kind
-    model, cfg = network(**wide), config(**wide)
-    optimizers, g, losses = sdd.make_optimizers(model, cfg), generator(1), []
-    for step in range(cfg.steps):
-        for group in [group for o in optimizers for group in o.param_groups]:
-            group["lr"] = sdd.get_lr(step, cfg) * group["scale"]
-        loss = loss_of(model, x0.repeat(12, 1), cfg, g)
+    for cast, how in itertools.product((False, True), ("exact", "state", "none")):
+        some = dict(SHAPES, add_likelihood=how, attention=attention)
+        model, cfg = network(shake=0.3, **some), config(**some)
+        plain = lab.predict(model, x0, prec, z, target, cfg)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            out, own = lab.predict(model, x0, prec, z, target, cfg)
+            assert out.dtype == own.dtype == torch.float32 and out.isfinite().all()
+            assert torch.equal(own, plain[1])
+            assert own.max() > 100 - 30 * (how == "state") or how == "none"
+            loss = F.cross_entropy(out, x0[target])
+            assert lab.nelbo_steps(model, x0, cfg, generator(1), 4).isfinite().all()
         loss.backward()
-        losses.append(loss.item())
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step(), optimizer.zero_grad()
-    nats = lab.nelbo(model, x0.repeat(60, 1), cfg, generator(2))
-    x, _ = lab.sample(model, torch.full((60, 4), 11), cfg, generator(3))
-    same = (x[:, None] == x0).all(2)
-    assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
-    assert math.log(3) - 0.2 < nats.mean() < math.log(3) + 1.6  # of 9.6 at first
-    assert same.any(1).float().mean() > 0.5 and same.any(0).all()  # by chance: 2e-4
+        assert all(p.grad.isfinite().all() for p in model.parameters())
