@@ -283,7 +283,7 @@ def random_prompts(x, cfg, g):
     return allowed, (kind < cfg.p_prompt / 2)[:, 0].to(x.device)
 
 
-def corrupt(x0, cfg, g, step, random_prompts=random_prompts):
+def corrupt(x0, cfg, g, step=math.inf, random_prompts=random_prompts):
     """The forward process: canvases x, xt and each token's weight in the loss, (B, T), and the
     attention mask of this optimizer step. n masks of N weigh N / n, and the loss is the mean over
     all tokens that may be masked. arm masks nothing and predicts all tokens up to the EOS."""

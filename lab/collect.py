@@ -17,10 +17,6 @@ def collect(out, target, every=25):
     """Copy what made a run and its log into one small JSON-lines file."""
     rows = [row for row in common.read_log(out)
             if row["kind"] != "train" or row["step"] % every == 0]
-    if (Path(out) / "config.json").exists():  # Old: a script on common_v1.py has no such row
-        made = json.loads((Path(out) / "config.json").read_text())
-        del made["config"]["data_dir"]  # a path of the machine it ran on
-        rows.insert(0, dict(kind="config", **made))
     if not rows:
         raise common.UserError(f"no log of a run in {out}")
     common.replace(Path(target), lambda file: file.writelines(

@@ -35,7 +35,7 @@ from data.units import report, se, tokens_of
 from lab import (bit_variants, compare_page, decoding, dit_variants, film, mdlm_eval, mdlm_variants,
                  sdd_variants)
 from lab.ar_extra import infill_left
-from lab.methods import (IDEAS, Old, amp, ancestral, code_of, default_sampler, device_of, load,
+from lab.methods import (IDEAS, amp, ancestral, code_of, default_sampler, device_of, load,
                          loss, sample, script_of, with_steps)
 from lab.metrics import load_judge, measure as measure_samples
 from lab.ngram import NGram
@@ -65,8 +65,6 @@ def settings(name, budget, seed):
     if name == "diffugpt_varlen":
         run["parent_steps"] = run["steps"] * 5 // 16
         run["steps"] -= run["parent_steps"]
-    if isinstance(script_of(name), Old) and "num_steps" in run:
-        run["sampling_steps"] = run.pop("num_steps")
     return run
 
 
@@ -85,10 +83,6 @@ def budget_tokens(budget):
 def made_by(name, run):
     """What made a run: config, step, command, parameters, versions, hardware; else {}."""
     out = Path(run["out"])
-    if isinstance(script_of(name), Old):
-        path = out / "config.json"
-        made = json.loads(path.read_text()) if path.exists() else {}
-        return made and dict(made["run"], config=made["config"])
     if not (out / "model.safetensors").exists():
         return {}
     with safe_open(out / "model.safetensors", "pt") as file:

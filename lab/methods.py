@@ -11,7 +11,6 @@ import importlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import tyro
@@ -31,61 +30,11 @@ IDEAS = {  # in the order of the tables
 }
 
 
-# ---- the old interface: to be deleted once diffugpt_varlen.py has the functions of mdlm.py -------
-# With it go the lines that name `Old` or `old` here, in compare.py, speed.py and collect.py.
-
-class Old:
-    """diffugpt_varlen.py, which is on common_v1.py, with the functions of mdlm.py."""
-
-    def __init__(self, script):
-        self.script = script
-
-    def __getattr__(self, name):
-        return getattr(self.script, name)
-
-    def load_data(self, cfg):
-        """Here a split is its name, but for the training documents."""
-        data = self.script.open_data(self.script.fill_in(cfg).data_dir)
-        return SimpleNamespace(tokenizer=data.tokenizer, train=data.train, val="val", test="test")
-
-    def load(self, out):
-        """(model, Config, data) of the run in the folder `out`."""
-        import common_v1
-        cfg = common_v1.load_config(self.script.Config, out)
-        data = self.load_data(cfg)
-        model = self.script.Model(cfg).to(common.pick_device(cfg.device)).requires_grad_(False)
-        common_v1.load_weights(model, out)
-        return model, cfg, data
-
-    def get_batch(self, split, cfg, g):
-        return self.script.get_batch("train", cfg, g)
-
-    def corrupt(self, x0, cfg, g):
-        return cfg, g
-
-    def loss_fn(self, model, x0, cfg, g):
-        return self.script.loss_fn(model, x0, cfg, g)[0]
-
-    def evaluate(self, model, data, cfg, split, n):
-        row = self.script.evaluate(model, cfg, split, n)
-        return {"entropy_per_doc" if k == "floor_per_doc" else k: v for k, v in row.items()}
-
-    def sample(self, model, x, cfg, g, on_step=None):
-        """Without given tokens the script chooses the canvas."""
-        given = {} if (x == cfg.vocab_size).all() else dict(start=x)
-        trace = None if on_step is None else []
-        x, info = self.script.sample(model, cfg, len(x), g, trace=trace, **given)
-        for nfe, ids, *_ in trace or ():
-            on_step(nfe, ids)
-        return x, info["nfe"]
-
-
 # ---- one way to call all six ---------------------------------------------------------------------
 
 def script_of(name):
     """The module of a method."""
-    script = importlib.import_module(name)
-    return Old(script) if hasattr(script, "open_data") else script
+    return importlib.import_module(name)
 
 
 @functools.cache
@@ -105,8 +54,6 @@ def code_of(name):
 def load(name, out):
     """(script, model, Config, data) of the run in the folder `out`."""
     script = script_of(name)
-    if isinstance(script, Old):
-        return script, *script.load(out)
     cfg = common.load_config(script.Config, out)
     data = script.load_data(cfg)
     model = common.load_model(script.Model, cfg, common.pick_device(cfg.device), data)[0]
@@ -153,15 +100,12 @@ def ancestral(script, cfg):
 
 def default_sampler(script, cfg):
     """cfg as `sample` draws; ar.py gets the temperature of most others."""
-    if isinstance(script, Old):
-        return script.fast(cfg)
     return dataclasses.replace(cfg, temperature=0.5) if script.__name__ == "ar" else cfg
 
 
 def with_steps(script, cfg, steps):
     """cfg with so many steps."""
-    return dataclasses.replace(cfg, **{
-        "sampling_steps" if isinstance(script, Old) else "num_steps": steps})
+    return dataclasses.replace(cfg, num_steps=steps)
 
 
 @dataclass

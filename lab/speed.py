@@ -31,7 +31,7 @@ import ar
 import common
 import dit_embed
 from lab import decoding, mdlm_variants, methods
-from lab.methods import IDEAS, Old, ancestral, default_sampler, device_of, script_of
+from lab.methods import IDEAS, ancestral, default_sampler, device_of, script_of
 
 TARGET = ROOT / "results/speed.json"
 SCRIPTS = {name: script_of(name) for name in IDEAS}
@@ -64,7 +64,7 @@ def build(script):
     """The default Config of a script, a new network, its optimizers, a generator, and a function
     that draws a batch."""
     g = torch.Generator().manual_seed(0)
-    cfg = script.Config(**(dict(init_from="scratch") if isinstance(script, Old) else {}))
+    cfg = script.Config(**(dict(init_from="scratch") if script is diffugpt_varlen else {}))
     batch = functools.partial(script.get_batch, script.load_data(cfg).train, cfg, g)
     torch.manual_seed(0)
     model = script.Model(cfg)
@@ -82,12 +82,6 @@ def step(script, loss_fn, cfg, model, optimizers, g, batch, amp=BF16):
         optimizer.zero_grad()
 
 
-def plain_attend(q, k, v, seen=None):
-    """Old: PyTorch's fused attention, as on a GPU. seen: causal or not, or who looks where."""
-    mask = seen if torch.is_tensor(seen) else None
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=seen is True)
-
-
 def plain_attention(self, x, positions, kv_cache=None):
     """Attention.forward with PyTorch's fused attention."""
     B, T, C = x.shape
@@ -95,6 +89,14 @@ def plain_attention(self, x, positions, kv_cache=None):
     q, k = (ar.rotate(F.rms_norm(y, y.shape[-1:]), positions) for y in (q, k))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=isinstance(self, ar.Attention))
     return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+def plain_gpt2_attention(self, x, attention_mask):
+    """The same for diffugpt_varlen.py."""
+    B, T, C = x.shape
+    q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+    y = F.scaled_dot_product_attention(q, k, v, attention_mask)
+    return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 def plain_ar(script, model, cfg, x0, g):
@@ -108,23 +110,18 @@ def plain_ar(script, model, cfg, x0, g):
 def plainly(script):
     """In this context the network of a script has fused attention and computes logits everywhere;
     the loss takes those that it scores."""
-    Model, old = script.Model, isinstance(script, Old)
-    forward, names = Model.forward, list(inspect.signature(Model.forward).parameters)[1:]
+    forward = script.Model.forward
+    names = list(inspect.signature(forward).parameters)[1:]
 
     def everywhere(self, *inputs, **named):
         given = dict(zip(names, inputs)) | named
-        target = given.pop("where" if old else "is_target", None)
+        target = given.pop("is_target", None)
         logits = forward(self, **given)
         return logits if target is None else logits[target]
 
-    changed = dict(forward=everywhere)
-    if old:  # its loss asks for hidden states and then for their logits
-        aligned, unembed = Model.aligned, Model.unembed
-        changed = dict(aligned=lambda self, *inputs: unembed(self, aligned(self, *inputs)),
-                       unembed=lambda self, logits: logits)
-    attention = mock.patch.object(script.script, "attend", plain_attend) if old else \
-        mock.patch.object(script.Attention, "forward", plain_attention)
-    with mock.patch.multiple(Model, **changed), attention:
+    attention = plain_gpt2_attention if script is diffugpt_varlen else plain_attention
+    with mock.patch.object(script.Model, "forward", everywhere), \
+            mock.patch.object(script.Attention, "forward", attention):
         yield
 
 
@@ -258,7 +255,7 @@ def first_step(name):
     the first optimizer step, which comes after it. Data are prepared already."""
     with tempfile.TemporaryDirectory() as folder, open(f"{folder}/said", "w+") as said:
         command = f"{name}.py --steps 1 --eval-every 1000 --out {folder}/run" + (
-            " --init-from scratch" if isinstance(SCRIPTS[name], Old) else "")
+            " --init-from scratch" if name == "diffugpt_varlen" else "")
         log, seen, begun = Path(folder) / "run/log.jsonl", {}, time.perf_counter()
         process = subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, stdout=said,
                                    stderr=said)
