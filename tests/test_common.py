@@ -334,7 +334,7 @@ def test_a_mistake_with_a_finished_run_leaves_it_alone(name, flags, sentence, st
     ("dit_embed", "sample --emb-dim 8", "--emb-dim is 8, the checkpoint has 16"),
     ("dit_embed", "--resume --logsnr-above 2", "--logsnr-above is 2.0, the checkpoint has 3.0"),
     ("sdd", "sample --order random", "--remask conf needs --order maxprob: add --remask none"),
-    ("diffugpt_varlen", "--resume --pipeline arm", "--pipeline is arm, the checkpoint has diffusion"),
+    ("diffugpt_varlen", "--resume --pipeline arm", "is arm, the checkpoint has diffusion"),
     ("sdd", "--k 0", "--k is 0, it must be at least 1")])
 def test_settings_of_one_method_that_cannot_work_are_refused(name, flags, sentence, straight, cli):
     before = contents(straight / name)

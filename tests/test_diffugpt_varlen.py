@@ -1,8 +1,8 @@
-"""From GPT to diffusion: the network, attention, corruption, bound, loss, lengths and the two stages
-of a run, against transformers, enumeration and Bayes' rule."""
+"""From GPT to diffusion: network, attention, corruption, bound, loss, lengths and the two stages of
+a run, against transformers, enumeration and Bayes' rule."""
 import dataclasses
-import itertools
 import math
+import re
 import signal
 import sys
 
@@ -91,23 +91,10 @@ def test_our_network_is_the_gpt2_of_transformers(is_causal):
         assert script.Model(dataclasses.replace(cfg, **changes)).num_outputs == outputs
 
 
-def test_a_share_of_the_future_is_open():
-    """(E3) 0 is the causal mask, 1 no mask; between, later positions are open with probability r,
-    earlier ones always; drawn anew each time, and no place is favoured."""
-    n, upper = 60, ~causal(60)
-    assert script.random_attention(n, 1, "cpu") is None
-    assert torch.equal(script.random_attention(n, 0, "cpu"), causal(n))
-    g = generator(0)
-    for r in (0.05, 0.5, 0.95):
-        drawn = torch.stack([script.random_attention(n, r, "cpu", g) for _ in range(20)])
-        assert drawn[:, ~upper].all() and share_is(drawn[:, upper].sum(), r, 20 * int(upper.sum()))
-        assert not torch.equal(drawn[0], drawn[1])
-        assert (drawn.float().mean(0)[upper] - r).abs().max() < 0.05 + 5.5 * math.sqrt(
-            r * (1 - r) / 20)
-
-
 def test_attention_at_ratio_0_and_1():
     """(E2) (E3) At 0 another token j changes what is said of later tokens alone; at 1 of all."""
+    assert torch.equal(script.random_attention(9, 0, "cpu"), causal(9))
+    assert script.random_attention(9, 1, "cpu") is None
     cfg = config(vocab_size=20, eos=19, bos=19, seq_len=8)
     model, ids = network(cfg), torch.randint(19, (1, 8), generator=generator(1))
     for j in range(8):
@@ -119,20 +106,22 @@ def test_attention_at_ratio_0_and_1():
 
 
 def test_attention_opens_over_the_steps_and_is_open_in_bound_and_lengths():
-    """(E3) corrupt's mask is (1 + T, 1 + T) of the cropped canvas, the share of open positions is
-    (step + 1) / attn_annealing_steps, then all; the arm pipeline stays causal; nelbo and
-    length_dist look everywhere."""
+    """(E3) corrupt's mask is (1 + T, 1 + T) of the cropped canvas, past positions are open, and a
+    share (step + 1) / attn_annealing_steps of later ones, no place more often than another, then
+    all; the arm pipeline stays causal; nelbo and length_dist look everywhere."""
     cfg = config(seq_len=40, attn_annealing_steps=100, p_crop=0.5)
     x0, g = documents(cfg, 3, 40, 0, 5), generator(0)
-    for step in (0, 29, 98):
+    for step, r in ((0, 0.01), (29, 0.3), (98, 0.99)):
         shares = []
-        for _ in range(20):
+        for _ in range(40):
             x, _, _, mask = script.corrupt(x0, cfg, g, step)
             n = x.shape[1] + 1
             assert mask.shape == (n, n) and mask[causal(n)].all()
             shares.append(mask[~causal(n)])
         assert len({len(s) for s in shares}) > 1
-        assert share_is(torch.cat(shares).sum(), (step + 1) / 100, len(torch.cat(shares)))
+        assert share_is(torch.cat(shares).sum(), r, len(torch.cat(shares)))
+        whole = torch.stack([s for s in shares if len(s) == 820]).float().mean(0)
+        assert (whole - r).abs().max() < 0.1 + 5.5 * math.sqrt(r * (1 - r) / 15)
     assert all(script.corrupt(x0, cfg, g, step)[3] is None for step in (99, 100, 10 ** 6))
     for step in (0, 500):
         arm = dataclasses.replace(cfg, pipeline="arm")
@@ -228,18 +217,6 @@ def test_corruption_and_loss_are_the_bound_per_position(row):
     assert loss.item() == pytest.approx(enumerated(model, x[0]).sum().item() / 5, abs=1e-5)
 
 
-def test_a_weight_of_zero_costs_nothing():
-    """(E1) The weight decides what is scored, not the id of the mask: a network that is wrong about
-    what is visible costs nothing; 1 / n pays every number of masks alike."""
-    cfg = config(seq_len=20)
-    for seed in range(20):
-        x, xt, weight, _ = script.corrupt(documents(cfg, 20), cfg, generator(seed), 0)
-        wrong = Script(lambda idx, live: 99.0 * ((idx < 2) | (idx == MASK))[..., None] * F.one_hot(
-            torch.where(idx == MASK, x, 1 - x), 4))
-        assert script.loss_fn(wrong, x, xt, weight, None) < 1e-5
-        assert script.loss_fn(uniform(4), x, xt, weight, None).item() == pytest.approx(math.log(4))
-
-
 @pytest.mark.parametrize("L", [0, 1, 7, 11, 16])
 def test_rows_with_a_prompt(L, monkeypatch):
     """p_prompt of the rows have a prompt of 1 to T / 2 tokens, each number alike, that is never
@@ -301,67 +278,46 @@ def test_neither_prompts_nor_crops_tell_the_length(crop):
     assert (sums[1] > 50).sum() > (80 if crop else 25) and z[sums[1] > 50].abs().max() < 5
 
 
-@pytest.mark.parametrize("changes", [{}, dict(p_prompt=1.0), dict(p_prompt=0.5, p_crop=1.0)])
-def test_empty_and_full_documents_give_finite_losses(changes):
-    """Also a batch of which nothing can be masked."""
-    cfg = config(**changes)
-    model, g = network(cfg).requires_grad_(True), generator(0)
-    for x0 in (documents(cfg, 0, 1, 4, 5, 6, 6), documents(cfg, 0, 0)):
-        for _ in range(20):
-            loss = script.loss_fn(model, *script.corrupt(x0, cfg, g, 0))
-            loss.backward()
-            assert loss.isfinite()
+def test_a_batch_of_which_nothing_can_be_masked_costs_nothing():
+    """Two empty documents that should begin with a prompt: loss and gradient are finite."""
+    cfg, g = config(p_prompt=1.0), generator(0)
+    model = network(cfg).requires_grad_(True)
+    for _ in range(10):
+        loss = script.loss_fn(model, *script.corrupt(documents(cfg, 0, 0), cfg, g, 0))
+        loss.backward()
+        assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 # ---- 3. bound
 
 
-def costs(model, x):
-    """All patterns of masks (2^T, T) of one canvas x (T,), and -log p of what each one hides."""
-    patterns = all_rows(2, len(x)).bool()
-    logp = model(x.expand(len(patterns), -1).masked_fill(patterns, MASK)).double().log_softmax(2)
-    return patterns, -logp.gather(2, x.expand(len(patterns), -1)[..., None])[..., 0] * patterns
-
-
 def enumerated(model, x, is_given=None):
     """(E1): the sum over n of 1 / n times the mean over sets of n, at each position: (T,)."""
-    patterns, ce = costs(model, x)
+    patterns = all_rows(2, len(x)).bool()
+    logp = model(x.expand(len(patterns), -1).masked_fill(patterns, MASK)).double().log_softmax(2)
+    ce = -logp.gather(2, x.expand(len(patterns), -1)[..., None])[..., 0] * patterns
     is_given = torch.zeros(len(x), dtype=torch.bool) if is_given is None else is_given
     allowed, size = ~(patterns & is_given).any(1), patterns.sum(1)
     return sum(ce[allowed & (size == n)].mean(0) / n for n in range(1, int((~is_given).sum()) + 1))
 
 
-def any_order(model, x, is_given):
-    """-log of the probability that unmasking one random position at a time writes x: all orders."""
-    patterns, ce = costs(model, x)
-    place, total = 2 ** torch.arange(len(x) - 1, -1, -1), 0.0
-    orders = [*itertools.permutations((~is_given).nonzero()[:, 0].tolist())]
-    for order in orders:
-        nats = sum(ce[sum(place[j] for j in order[k:]), i] for k, i in enumerate(order))
-        total += math.exp(-nats) / len(orders)
-    return -math.log(total)
-
-
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("is_given", [[0, 0, 0, 0, 0], [0, 1, 0, 1, 0], [1, 1, 1, 1, 0]])
 def test_the_bound_is_the_sum_over_all_masks(row, is_given):
-    """(E1) Mean of nelbo = the enumeration, whole and per position, for any K; above the exact
-    likelihood of unmasking in random order; of the rest given some tokens, which are never masked;
-    exact with one token left; nothing wanted costs nothing."""
+    """(E1) Mean of nelbo = the enumeration, at each position, for any K; of the rest given some
+    tokens, which are never masked; exact with one token left; nothing wanted costs nothing."""
     cfg, is_given = config(seq_len=5), torch.tensor(is_given).bool()
     model, x0 = network(cfg, shake=0.8), torch.tensor([ROWS[row]])
     x = script.to_canvas(x0, cfg)[0]
-    want, exact = enumerated(model, x, is_given), any_order(model, x, is_given)
+    want = enumerated(model, x, is_given)
     for K in (2, 5):
         args = (model, x0.expand(2000, -1), cfg), K, is_given.expand(2000, -1)
         nats = script.nelbo_per_token(*args[0], generator(K), *args[1:])
         assert nats.shape == (2000, 5) and nats.dtype == torch.float64
         assert all(near(nats[:, i], want[i].item()) for i in range(5))
         assert torch.equal(script.nelbo(*args[0], generator(K), *args[1:]), nats.sum(1))
-    assert want.sum() > exact - 1e-9 and (is_given.any() or want.sum() > exact + 1e-3)
-    if is_given.sum() == 4:
-        assert torch.allclose(nats.sum(1), want.sum(), atol=1e-5) and want.sum() < exact + 1e-9
+    assert is_given.sum() < 4 or torch.allclose(nats.sum(1), want.sum(), atol=1e-5)
     assert script.nelbo(model, x0, cfg, generator(1), 3, torch.ones(1, 5).bool()).item() == 0
 
 
@@ -370,20 +326,6 @@ def test_the_bound_of_the_oracle_is_the_likelihood():
     for k in (0, 5, 40, 90):
         nats = script.nelbo(ORACLE, ORACLE.filled()[k].expand(3000, -1), config(), generator(k), 6)
         assert near(nats, -ORACLE.p[k].log().item(), width=6)
-
-
-@pytest.mark.parametrize("rows", ["docs", "stream"])
-def test_a_model_that_knows_nothing_pays_for_every_position_alike(rows):
-    """(E1) T ln(outputs) in every draw, PAD among the outputs of documents; in the arm pipeline
-    ln V per token, and what follows the EOS is free."""
-    cfg = config(rows=rows)
-    x0, outputs = documents(cfg, 0, 2, 5, 6), 4 if rows == "docs" else 3
-    nats = script.nelbo(uniform(outputs), x0, cfg, generator(0), 3)
-    assert torch.allclose(nats, torch.full_like(nats, 6 * math.log(outputs)))
-    arm = dataclasses.replace(cfg, pipeline="arm")
-    nats = script.nelbo(uniform(3), x0, arm, None)
-    count = torch.tensor([1, 3, 6, 6] if rows == "docs" else [6, 6, 6, 6])
-    assert torch.allclose(nats, count.double() * math.log(3), atol=1e-5)
 
 
 def test_the_causal_likelihood_is_the_chain_rule():
@@ -433,15 +375,13 @@ def test_hazards_by_hand():
     """(E4) A loop over probabilities, for any hazards; a prompt holds no end; a hazard of one
     leaves nothing for longer rows; in a stream the hazard is p(EOS) itself."""
     h = torch.rand(40, T, generator=generator(0), dtype=torch.float64)
-    m = torch.arange(40) % 7
-    got = script.hazard_to_dist(h.log(), torch.log1p(-h), m).exp()
-    for row, hazards, start in zip(got.tolist(), h.tolist(), m.tolist()):
-        left = 1.0
+    for m in range(7):
+        got = script.hazard_to_dist(h.log(), torch.log1p(-h), torch.full((40,), m)).exp()
+        left = torch.ones(40, dtype=torch.float64)
         for i in range(T):
-            now = hazards[i] * left if i >= start else 0.0
-            assert row[i] == pytest.approx(now, abs=1e-12)
-            left -= now
-        assert row[T] == pytest.approx(left, abs=1e-12)
+            assert torch.allclose(got[:, i], h[:, i] * left * (i >= m), atol=1e-12)
+            left = left - got[:, i]
+        assert torch.allclose(got[:, T], left, atol=1e-12)
     sure = Script(lambda idx, live: 99.0 * F.one_hot(torch.full_like(idx, EOS), 4))
     p = script.length_dist(sure, torch.zeros(1, T).long(), torch.tensor([2]), config()).exp()
     assert p[0, 2] > 0.999 and p.sum().item() == pytest.approx(1, abs=1e-5) and p[0, 6] < 1e-6
@@ -478,8 +418,9 @@ def test_a_network_learns_the_lengths():
 # ---- 5. two stages
 
 
-FLAGS = ("--tokenizer byte --rows docs --n-layer 1 --n-head 2 --n-embd 32 --seq-len 64 "
-         "--batch-size 4 --steps 4 --warmup 2 --eval-every 2 --device cpu --dtype float32 --parent-steps 4").split()
+FLAGS = ("--tokenizer byte --rows docs --n-layer 1 --n-head 2 --n-embd 32 --seq-len 64 --steps 4 "
+         "--batch-size 4 --warmup 2 --eval-every 2 --device cpu --dtype float32 --parent-steps 4"
+         ).split()
 
 
 @pytest.fixture(scope="module")
@@ -528,6 +469,20 @@ def test_the_default_run_trains_a_parent_and_adapts_it(home):
     assert all(rows[-1]["nats_per_token"] < rows[0]["nats_per_token"] - 0.1 for rows in val)
 
 
+def test_every_length_mode_and_the_parent_sample_and_are_evaluated(home, capsys):
+    """From the command line: the given text stays, NFE are those of the mode."""
+    for mode in ("fixed", "truncate", "quantile", "blockwise", "presampled"):
+        script.main(["sample", "--out", str(home / "run"), "--length-mode", mode, "--infill",
+                     "the ___3 saw___", "--num-samples", "2", "--num-steps", "3"])
+        said, texts = capsys.readouterr().out, (home / "run/samples.txt").read_bytes()
+        assert all(t.startswith(b"the") and b" saw" in t for t in texts.split(b"<|endoftext|>\n"))
+        assert 1 <= int(re.search(r"nfe (\d+)", said)[1]) <= (6 if mode == "blockwise" else 4)
+    for folder, sign in (("run", "<="), ("run_parent", "=")):
+        script.main(["eval", "--out", str(home / folder), "--prompt", "the cat"])
+        said = capsys.readouterr().out
+        assert re.search(rf"test: {sign} \d.* nats/token", said) and said.count("the cat") == 4
+
+
 def test_a_model_begins_as_its_parent_with_pad_and_mask_as_the_mean(home):
     """Weights of an arm run, but for the rows of PAD and M; those of a diffusion run as they are;
     nothing is loaded for scratch and --resume."""
@@ -542,10 +497,6 @@ def test_a_model_begins_as_its_parent_with_pad_and_mask_as_the_mean(home):
             assert not torch.allclose(table[-1], table[:-2].mean(0))
             table[-2:] = table[:-2].mean(0)
         assert all(torch.equal(p, stored[key]) for key, p in model.state_dict().items())
-    same = script.init_model(dataclasses.replace(cfg, init_from="parent", out=str(home / "run")),
-                             script.Model, data, device)
-    assert torch.equal(same.transformer.wpe.weight, load_file(
-        home / "run_parent/model.safetensors")["transformer.wpe.weight"])
     for changes in (dict(init_from="scratch"), dict(resume=True)):
         torch.manual_seed(5)
         model = script.init_model(dataclasses.replace(cfg, **changes), script.Model, data, device)
@@ -575,7 +526,7 @@ def test_a_parent_that_was_stopped_is_gone_on_with(home, train, tmp_path, monkey
         honest(self, step, *args, **kw)
         if step == 3:
             signal.raise_signal(signal.SIGINT)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="the same command"):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="same command"):
         patch.setattr(common.Run, "log_step", log_step)
         train(copied=False)
     assert not (tmp_path / "run").exists()

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 
 import diffugpt_varlen as dv
 from tables import all_rows, chi_square, generator
-from varlen_tables import (EOS, MASK, PAD, Oracle, Script, all_states, conditionals, documents,
-                           total_variation)
+from varlen_tables import EOS, MASK, PAD, Oracle, Script, all_states, conditionals, documents
 
 T, V, ORACLE = 6, 3, Oracle()
 MODES = ("fixed", "truncate", "quantile", "blockwise", "presampled")
@@ -84,11 +83,9 @@ def length(x):
     return (x != EOS).cumprod(1).sum(1)
 
 
-def check_distribution(x, p):
-    """Samples x have the distribution p over the oracle's documents."""
-    counts = ORACLE.counts(x)
-    tv, chance = total_variation(counts, p)
-    assert tv < chance + 0.01 and chi_square(counts, p) > 1e-3
+def fits(x, p):
+    """Do samples x have the distribution p over the oracle's documents? A p-value."""
+    return chi_square(ORACLE.counts(x), p)
 
 
 # ---- the distribution of the samples
@@ -114,7 +111,7 @@ def test_every_mode_and_order_has_the_distribution_of_the_documents(mode, order)
     """(E4) (E5) (E6) One token a step from the network that is never wrong: the exact distribution
     of documents and lengths, also of those longer than the canvas; no text behind an end."""
     x, nfe, frames = draw(fresh(), config(length_mode=mode, order=order), 10_000)
-    check_distribution(x, ORACLE.p)
+    assert fits(x, ORACLE.p) > 1e-3
     assert chi_square(length(x).bincount(minlength=T + 1), ORACLE.length_dist()) > 1e-3
     assert ORACLE.strange == 0 and nfe == T + (mode in ("quantile", "presampled"))
     for frame in frames:
@@ -128,8 +125,8 @@ def test_every_mode_and_order_has_the_distribution_of_the_documents(mode, order)
     dict(length_mode="quantile", length_quantile=0.95, block_size=1)])
 def test_it_does_not_depend_on_where_a_canvas_begins(changes):
     """(E5) Other first canvases, other extensions, the same distribution."""
-    x, _, _ = draw(fresh(), config(**(dict(length_mode="blockwise", order="margin") | changes)), 8000)
-    check_distribution(x, ORACLE.p)
+    cfg = config(**(dict(length_mode="blockwise", order="margin") | changes))
+    assert fits(draw(fresh(), cfg, 8000)[0], ORACLE.p) > 1e-3
     assert ORACLE.strange == 0
 
 
@@ -137,7 +134,7 @@ def test_it_does_not_depend_on_where_a_canvas_begins(changes):
 @every_mode
 @pytest.mark.parametrize("shown, ends", itertools.product(("prompts", "holes"), (False, True)))
 def test_what_is_given_is_kept_and_the_rest_is_drawn_given_it(mode, order, shown, ends):
-    """(E5) (E6) Documents of which some positions are given, prompts or any, different ones in every
+    """(E5) (E6) Documents of which some positions are given, prompts or any, different ones in each
     row and with or without their end: completed they have the distribution of documents."""
     show = torch.tensor([[i < m for i in range(T)] for m in range(T)])
     show = show if shown == "prompts" else all_rows(2, T).bool()[:-1]
@@ -150,22 +147,19 @@ def test_what_is_given_is_kept_and_the_rest_is_drawn_given_it(mode, order, shown
     start = start.flatten(0, 1)[pick]
     x, _, _ = draw(fresh(), config(length_mode=mode, order=order), start)
     assert torch.equal(x[start != V], start[start != V]) and ORACLE.strange == 0
-    check_distribution(x, p.sum(0) / p.sum())
+    assert fits(x, p.sum(0) / p.sum()) > 1e-3
 
 
 @pytest.mark.parametrize("order", ["random", "maxprob"])
 @pytest.mark.parametrize("mode", ["truncate", "quantile"])
 def test_forgetting_the_visible_pad_breaks_the_distribution(mode, order):
-    """(E6) Negative control: a canvas cut before its first PAD says nothing about where the document
-    ends; documents become too long."""
-    source, was = inspect.getsource(dv.sample), "(is_stop.cumsum(1) == 0).sum(1) + 1)"
-    space = dict(vars(dv))
+    """(E6) Negative control: a canvas cut before its first PAD does not show that the document has
+    ended; documents become too long."""
+    source, was, space = inspect.getsource(dv.sample), ".sum(1) + 1)  # (E6)", dict(vars(dv))
     assert source.count(was) == 1, "the script has changed: write this mutant anew"
-    exec(source.replace(was, was.replace("1)", "(is_stop & (x == cfg.eos)).any(1))", 3).replace(
-        "cumsum((is_stop & (x == cfg.eos)).any(1))", "cumsum(1)").replace(
-        "sum((is_stop & (x == cfg.eos)).any(1))", "sum(1)")), space)
+    exec(source.replace(was, ".sum(1) + (is_stop & (x == cfg.eos)).any(1))"), space)
     x, _, _ = draw(fresh(), config(length_mode=mode, order=order), 5000, sample=space["sample"])
-    assert total_variation(ORACLE.counts(x), ORACLE.p)[0] > 0.1
+    assert fits(x, ORACLE.p) < 1e-9
     assert length(x).double().mean() > 0.3 + ORACLE.length_dist() @ torch.arange(T + 1).double()
 
 
@@ -324,8 +318,7 @@ def test_streams_have_no_end(mode):
     out, nfe, _ = draw(always(*logits), config(rows="stream", length_mode=mode), x)
     p = torch.tensor(logits).double().softmax(0)
     counts = (out[:, 3:] * torch.tensor([9, 3, 1])).sum(1).bincount(minlength=27)
-    assert nfe in (3, 4) if mode == "blockwise" else nfe == 3
-    assert (out[:, :3] == x[:, :3]).all()
+    assert nfe == 3 and (out[:, :3] == x[:, :3]).all()
     assert chi_square(counts, torch.einsum("i,j,k->ijk", p, p, p).flatten()) > 1e-3
 
 
@@ -347,16 +340,6 @@ def test_temperature_zero_and_one_token_to_choose_from_are_the_argmax(order):
             (dict(temperature=0.0), dict(temperature=1e-3), dict(top_k=1)), MODES[:2], (1, 2)):
         out, _, _ = draw(ORACLE, config(length_mode=mode, order=order, **changes), 3, seed)
         assert torch.equal(out, x.masked_fill(x == PAD, EOS).expand(3, -1))
-
-
-def test_filters_shape_the_distribution_of_samples():
-    """top_p and temperature act on every position's own distribution."""
-    p = torch.tensor([0.45, 0.35, 0.2, 1e-12])
-    for changes, want in ((dict(top_p=0.7, length_mode="truncate"), 0.45 / 0.8), (
-            dict(temperature=0.5, top_k=2, order="margin"), 0.45 ** 2 / (0.45 ** 2 + 0.35 ** 2))):
-        x, _, _ = draw(always(*p.log().tolist()), config(**changes), 4000)
-        assert (length(x) == T).all()
-        assert abs((x == 0).double().mean() - want) < 5 * (0.25 / x.numel()) ** 0.5
 
 
 @every_order
@@ -384,8 +367,8 @@ def test_text_behind_an_end_is_cut():
     """(E6) on_step sees text that was written behind an EOS, in one step or because the canvas is
     fixed; the samples end at their first EOS or PAD."""
     for row in ([0, 2, 1, 1, 1, 1], [0, 3, 1, 1, 1, 1]):
-        for mode, steps, nfe, text in (("fixed", 2, 2, 5), ("truncate", 2, 1, 2), ("fixed", 0, 6, 5),
-                                       ("truncate", 0, 2, 1)):
+        for mode, steps, nfe, text in (("fixed", 2, 2, 5), ("truncate", 2, 1, 2),
+                                       ("fixed", 0, 6, 5), ("truncate", 0, 2, 1)):
             x, got, frames = draw(says(row), config(length_mode=mode, order="l2r",
                                                     num_steps=steps), 20)
             assert got == nfe and x.tolist() == [[0, 2, 2, 2, 2, 2]] * 20

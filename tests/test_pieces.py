@@ -445,8 +445,8 @@ class Settings:
 def test_sections_3_to_5_run_alone_with_nothing_but_torch(script):
     """Cut out by their banners and executed in an empty namespace, they train and sample."""
     lines = Path(script.__file__).read_text().splitlines()
-    first, last = (next(i for i, line in enumerate(lines) if line.startswith(
-        (f"# ---- {title}", f"# {title}"))) for title in ("3. model", "6. train"))
+    first, last = (next(i for i, line in enumerate(lines) if line.startswith(f"# ---- {title}"))
+                   for title in ("3. model", "6. train"))
     code, alone = "\n".join(lines[first:last - 1]), types.ModuleType(script.__name__)
     assert "4. corrupt and loss" in code and "5. sample" in code and "import" not in code
     vars(alone).update(math=math, torch=torch, nn=nn, F=F)

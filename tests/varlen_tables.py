@@ -7,7 +7,6 @@ tokens decide how long it tends to be.
 """
 import itertools
 
-import numpy as np
 import torch
 import torch.nn as nn
 
@@ -129,11 +128,3 @@ class Oracle(Script):
         """P(L = i | the document begins with `prompt`); column T: it is longer. (T + 1,)"""
         p = self.p * (self.rows[:, :len(prompt)] == torch.tensor(prompt)).all(1)
         return torch.zeros(self.T + 1, dtype=torch.float64).index_add(0, self.length, p) / p.sum()
-
-
-def total_variation(counts, p):
-    """TV between the shares of counts and p, and what chance alone makes of it on average."""
-    counts, p = np.asarray(counts, float), np.asarray(p, float)
-    n = counts.sum()
-    return (0.5 * np.abs(counts / n - p).sum(),
-            0.5 * np.sqrt(2 * p * (1 - p) / (np.pi * n)).sum())
