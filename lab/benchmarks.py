@@ -81,7 +81,7 @@ def read_items(kind, path, limit):
 
 def choose(model, item, cfg, tokenizer, device):
     """Is the gold option of a choice the one of the smallest nats? {per_token, sum: bool}."""
-    T, nats, sizes = cfg.seq_len, [], []
+    T, costs = cfg.seq_len, []
     cfg = dataclasses.replace(cfg, rows="stream")  # the text goes on: nothing behind it is scored
     for choice in item["choices"]:
         answer = tokenizer.encode(" " + choice.strip())[:T // 2]
@@ -89,11 +89,11 @@ def choose(model, item, cfg, tokenizer, device):
         x = torch.tensor([prefix + answer], device=device)
         is_given = torch.arange(x.shape[1], device=device)[None] < len(prefix)
         g = torch.Generator().manual_seed(cfg.seed)  # the same masks for every option
-        cost = script.nelbo_per_token(model, x, cfg, g, 2 * len(answer), is_given)
-        nats.append(cost[~is_given.cpu()].sum().item())  # the parent scores the prefix, too
-        sizes.append(len(answer))
-    costs = dict(per_token=[a / n for a, n in zip(nats, sizes)], sum=nats)
-    return {name: cost.index(min(cost)) == item["gold"] for name, cost in costs.items()}
+        nats = script.nelbo_per_token(model, x, cfg, g, 2 * len(answer), is_given)
+        nats = nats[:, len(prefix):]  # the causal parent scores the prefix, too
+        costs.append((nats.mean().item(), nats.sum().item()))
+    return {name: cost.index(min(cost)) == item["gold"]
+            for name, cost in zip(("per_token", "sum"), zip(*costs))}
 
 
 def write(model, before, count, after, cfg, tokenizer, device):
@@ -106,13 +106,13 @@ def write(model, before, count, after, cfg, tokenizer, device):
 
 def fill(model, item, cfg, tokenizer, device):
     """Is the missing part of a cloze or infill item written as it is? {oracle, free: bool}."""
-    T, truth = cfg.seq_len, item.get("target", item.get("middle")).strip()
+    most, truth = cfg.seq_len // 3, item.get("target", item.get("middle")).strip()
     before = tokenizer.encode(item["prefix"].rstrip())
-    after = tokenizer.encode(" " + item["suffix"].strip())[:T // 3] if "suffix" in item else []
-    size = min(len(tokenizer.encode(" " + truth)), T // 3)
+    after = tokenizer.encode(" " + item["suffix"].strip())[:most] if "suffix" in item else []
+    size = min(len(tokenizer.encode(" " + truth)), most)
     row = dict(oracle=write(model, before, size, after, cfg, tokenizer, device) == truth)
     if "target" in item:
-        words = write(model, before, min(6, T // 3), [], cfg, tokenizer, device).split()
+        words = write(model, before, min(6, most), [], cfg, tokenizer, device).split()
         row["free"] = words[:1] == [truth]
     return row
 
