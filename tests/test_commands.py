@@ -85,6 +85,7 @@ def test_every_command_that_is_written_down_is_understood(command, monkeypatch, 
             for part in ("run", "draw"):
                 monkeypatch.setattr(LAB[name], part, stop)
         monkeypatch.setattr(LAB["vocabulary"].subprocess, "run", stop)
+        monkeypatch.setattr(LAB["pretrained"], "export", stop)
         if module == "lab.metrics":
             Path(tmp_path / "out/mdlm").mkdir(parents=True)
             (tmp_path / "out/mdlm/samples.txt").write_text("a")
