@@ -1,6 +1,6 @@
 """Benchmarks of a run of diffugpt_varlen.py or lab/pretrained.py: shares of items that it gets
-right, with 95 % intervals. FILE holds an item a line, as JSON; of cloze it may be a text, whose last
-words are the targets (LAMBADA). Results are printed and appended to benchmarks.jsonl in the run.
+right, with 95 % intervals, printed and appended to benchmarks.jsonl in the run folder. FILE holds
+an item a line, as JSON; of cloze it may be a text, whose last words are the targets (LAMBADA).
 
     python lab/benchmarks.py cloze:FILE --out out/diffugpt_varlen
     python lab/benchmarks.py choice:FILE --num-items 0
