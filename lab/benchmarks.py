@@ -67,22 +67,20 @@ def read_items(kind, path, limit):
         lines = [line for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}): name a text file of items") from None
-    items = []
-    for number, line in enumerate(lines[:limit or None], 1):
-        try:
-            items.append(read_item(kind, line))
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}, item {number} is no {kind} item: it needs "
-                            f"{', '.join(KEYS[kind])}") from None
-    if not items:
+    if not lines:
         raise UserError(f"{path} holds no items")
+    items = []
+    try:
+        items += (read_item(kind, line) for line in lines[:limit or None])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}, item {len(items) + 1} is no {kind} item: it needs "
+                        f"{', '.join(KEYS[kind])}") from None
     return items
 
 
 def choose(model, item, cfg, tokenizer, device):
     """Is the gold option of a choice the one of the smallest nats? {per_token, sum: bool}."""
     T, costs = cfg.seq_len, []
-    cfg = dataclasses.replace(cfg, rows="stream")  # the text goes on: nothing behind it is scored
     for choice in item["choices"]:
         answer = tokenizer.encode(" " + choice.strip())[:T // 2]
         prefix = tokenizer.encode(item["prefix"].rstrip())[-(T - len(answer)):]
@@ -90,7 +88,7 @@ def choose(model, item, cfg, tokenizer, device):
         is_given = torch.arange(x.shape[1], device=device)[None] < len(prefix)
         g = torch.Generator().manual_seed(cfg.seed)  # the same masks for every option
         nats = script.nelbo_per_token(model, x, cfg, g, 2 * len(answer), is_given)
-        nats = nats[:, len(prefix):]  # the causal parent scores the prefix, too
+        nats = nats[0, len(prefix):]  # the causal parent scores the prefix, too
         costs.append((nats.mean().item(), nats.sum().item()))
     return {name: cost.index(min(cost)) == item["gold"]
             for name, cost in zip(("per_token", "sum"), zip(*costs))}

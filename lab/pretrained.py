@@ -128,12 +128,12 @@ def load_pretrained(cfg, tokenizer):
                         f"at most {len(positions) - 1}")
     set_sizes(cfg, card, weights, folder)
     pad, mask = card.get("pad_token_id"), cfg.mask_id
-    if pad not in range(V, len(table)):
-        pad = None  # a token that others use for padding is not a PAD that ends documents
     if mask is None:
         mask = card.get("mask_token_id", MASK_IDS.get(cfg.init_from))
     if mask is not None and mask not in range(len(table)):
         raise UserError(f"--mask-id {mask} is no token of {folder}: choose 0 to {len(table) - 1}")
+    if pad not in range(V, len(table)) or pad == mask:
+        pad = None  # a token that others use for padding is not a PAD that ends documents
     rows = [table[:V].mean(0) if i is None else table[i] for i in (pad, mask)]
     weights["transformer.wte.weight"] = torch.cat((table[:V], torch.stack(rows)))
     weights["transformer.wpe.weight"] = positions[:cfg.seq_len + 1].clone()

@@ -154,7 +154,9 @@ def test_mask_and_pad_are_new_rows_of_the_embedding(tmp_path, monkeypatch):
             (folder, None, mean), (folder, 4, TABLE[4]), (folder, 0, TABLE[0]),
             ("diffugpt-s", None, TABLE[7]), ("diffugpt-s", 2, TABLE[2]), ("gpt2-xl", None, mean),
             *((write(tmp_path / f"b{other}", pad_token_id=other), None, mean)
-              for other in (-1, V, V + 7))):
+              for other in (-1, V, V + 7)),
+            (write(tmp_path / "m", BASE | {"transformer.wte.weight": torch.cat((TABLE, TABLE[:1]))},
+                   pad_token_id=V, mask_token_id=V), None, TABLE[0])):
         model = loaded(init_from=init_from, mask_id=mask_id)
         got = model.transformer.wte.weight
         assert got.shape == (V + 2, 16) and torch.equal(got[:V], TABLE)
@@ -414,7 +416,9 @@ def test_benchmarks_of_a_run(home, capsys, tmp_path):
         assert [(row["benchmark"], row["num_items"]) for row in rows] == [(k, 2) for k in kinds]
     shown = capsys.readouterr().out
     assert re.search(r"infill oracle: \d\.\d{3} of 2, 95 %: 0\.\d{3} to \d\.\d{3}", shown)
-    for word, sentence in (("lambada", "write cloze:FILE"), ("cloze:", "write cloze:FILE"),
-                           ("infill:x", "causal and cannot infill"), ("cloze:none", "cannot read")):
+    for words, sentence in (
+            ("lambada", "write cloze:FILE"), ("cloze:", "write cloze:FILE"),
+            ("cloze:x --num-items -1", "0 for all items"), ("cloze:none", "cannot read"),
+            ("infill:x", "causal and cannot infill")):
         with pytest.raises(UserError, match=sentence):
-            benchmarks.main([word, "--out", str(home / "arm")])
+            benchmarks.main(f"{words} --out {home}/arm".split())
