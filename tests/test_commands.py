@@ -16,7 +16,6 @@ import pytest
 import ar
 import bit_diffusion
 import common
-import common_v1
 import dit_embed
 import mdlm
 import sdd
@@ -68,15 +67,12 @@ def idle(monkeypatch, tmp_path):
     (tmp_path / "out/mdlm").mkdir(parents=True)
     for name, text in ("samples.txt", "a"), ("model.safetensors", ""):
         (tmp_path / "out/mdlm" / name).write_text(text)
-    old = importlib.import_module("diffugpt_varlen")
-    for module in (common, common_v1):
-        monkeypatch.setattr(module, "load_config", lambda Config, out: Config())
-        monkeypatch.setattr(module, "Run", stop)
-    for script in (*SCRIPTS, old):
+    monkeypatch.setattr(common, "load_config", lambda Config, out: Config())
+    monkeypatch.setattr(common, "Run", stop)
+    for script in SCRIPTS:
         monkeypatch.setattr(script, "train", stop)
-    for module, part in ((common, "show_samples"), (common, "plot_loss"), (common_v1, "plot_loss"),
-                         (old, "grade"), (old, "evaluate")):  # some commands switch them off
-        monkeypatch.setattr(module, part, getattr(module, part, None), raising=False)
+    for part in ("show_samples", "plot_loss"):  # some commands switch them off
+        monkeypatch.setattr(common, part, getattr(common, part))
     for name, parts in BEGIN.items():
         for part in parts:
             monkeypatch.setattr(LAB[name], part, stop)

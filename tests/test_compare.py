@@ -45,7 +45,6 @@ def quick(tmp_path_factory):
         patch.setitem(compare.BUDGETS, "quick", TOY)
         for part in ("show_samples", "plot_loss"):
             patch.setattr(common, part, lambda *_: None)
-        patch.setattr(diffugpt_varlen, "grade", lambda *_: None, raising=False)  # Old
         for name in compare.IDEAS:
             script = importlib.import_module(name)
             patch.setattr(script, "get_eval_rows", lambda split, cfg, n, rows=script.get_eval_rows:
