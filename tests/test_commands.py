@@ -16,6 +16,7 @@ import pytest
 import ar
 import bit_diffusion
 import common
+import diffugpt_varlen
 import dit_embed
 import mdlm
 import sdd
@@ -23,7 +24,7 @@ from data import prepare, tales
 from harness import ROOT, small_text
 from lab import decoding, metrics, noise_eval, sdd_variants
 
-SCRIPTS = (ar, mdlm, dit_embed, bit_diffusion, sdd)
+SCRIPTS = (ar, mdlm, dit_embed, bit_diffusion, sdd, diffugpt_varlen)
 LAB = {path.stem: importlib.import_module(f"lab.{path.stem}") for path in ROOT.glob("lab/*.py")}
 USAGE = {"NAME|PATH": "tales", "NAME": "tales", "T": "byte", "N": "300", "DIR": "cache",
          "auto|lines": "lines", "FILE": str(ROOT / "README.md"), "TEXT": "once upon a time"}
@@ -32,7 +33,7 @@ BEGIN = {  # what a command of lab/ calls once its arguments are understood
                     ("run", "draw")),
     "compare": ("train", "measure", "publish", "spread", "make_film"), "compare_page": ["publish"],
     "collect": ["collect"], "film": ["load"], "methods": ["load"], "metrics": ["load_judge"],
-    "ngram": ["load_data"]}
+    "ngram": ["load_data"], "pretrained": ["export"]}
 
 
 def written_down():
@@ -123,14 +124,15 @@ FLAGS = ("--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --seq-len 32 --bat
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Runs of five scripts on documents of a small text."""
+    """Runs of all scripts on documents of a small text."""
     home = tmp_path_factory.mktemp("lab")
     small_text(home / "small.txt")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setenv("TEXT_DIFFUSION_CACHE", str(home / "cache"))
         for script in SCRIPTS:
             script.main(["--data", str(home / "small.txt"), "--rows", "docs", *FLAGS, "--out",
-                         str(home / script.__name__)])
+                         str(home / script.__name__), *(
+                             ["--parent-steps", "2"] if script is diffugpt_varlen else [])])
         yield home
 
 
@@ -288,7 +290,7 @@ def test_figures_metrics_and_what_ar_leaves_out(home, capsys):
 
 def test_runs_are_listed_filmed_and_kept(home, capsys):
     shown = said("methods", capsys, "--out", home, "--rows", 8)
-    assert [f"{script.__name__}.py" in shown for script in SCRIPTS] == 5 * [True]
+    assert [f"{script.__name__}.py" in shown for script in SCRIPTS] == 6 * [True]
     assert "ar.py: = " in shown and "mdlm.py: <= " in shown
     assert "after 100 % of the steps" in said("film", capsys, "--out", home, "--page",
                                               home / "film.html")
