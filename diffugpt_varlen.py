@@ -6,7 +6,7 @@ Method: DiffuGPT (Gong et al. 2024, arXiv 2410.17891): masked diffusion from the
     python diffugpt_varlen.py sample --prompt "Once upon a time" --num-samples 3 --trace
     python diffugpt_varlen.py sample --length-mode presampled
     python diffugpt_varlen.py eval      the bound on the test split, samples
-lab/pretrained.py: weights of GPT-2 and DiffuGPT; lab/varlen_eval.py: length reports, benchmarks
+lab: pretrained.py (weights of GPT-2, DiffuGPT), varlen_eval.py (length reports), benchmarks.py
 
 Equations. A canvas is text, EOS, PAD, PAD ...; L is the position of EOS (T: none), M the mask.
     (E1)  NELBO = sum_{n=1..T} 1/n E_{n masks} sum_masked -log p(x_i | x_t) >= -log p(x_0)

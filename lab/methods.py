@@ -75,7 +75,8 @@ def loss(script, model, cfg, x0, g):
     """The training loss of the rows x0 (B, T)."""
     if script.__name__ == "ar":
         return script.loss_fn(model, x0, 1 / script.is_scored(x0, cfg).sum(), cfg)
-    return script.loss_fn(model, x0, *script.corrupt(x0, cfg, g))
+    noise = script.corrupt(x0, cfg, g)  # of diffugpt_varlen.py with the canvas
+    return script.loss_fn(model, *(noise if script.__name__ == "diffugpt_varlen" else (x0, *noise)))
 
 
 def sample(script, model, cfg, n, g, canvas=None, frames=None):

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `python lab/speed.py`
 import ar
 import common
+import diffugpt_varlen
 import dit_embed
 from lab import decoding, mdlm_variants, methods
 from lab.methods import IDEAS, ancestral, default_sampler, device_of, script_of

@@ -218,15 +218,14 @@ def test_corruption_and_loss_are_the_bound_per_position(row):
 
 
 @pytest.mark.parametrize("L", [0, 1, 7, 11, 16])
-def test_rows_with_a_prompt(L, monkeypatch):
+def test_rows_with_a_prompt(L):
     """p_prompt of the rows have a prompt of 1 to T / 2 tokens, each number alike, that is never
     masked; in half of these all the rest is masked. A row that is shorter than its prompt is left
     out, so that a prompt holds no EOS. Weights are N / n over all that may be masked."""
     cfg, B, drawn = config(seq_len=16, p_prompt=0.6), 20_000, []
     honest, most = script.random_prompts, min(L, 8)
-    monkeypatch.setattr(script, "random_prompts",
-                        lambda *args: drawn.extend(honest(*args)) or drawn)
-    x, xt, weight, _ = script.corrupt(documents(cfg, *[L] * B), cfg, generator(1), 0)
+    x, xt, weight, _ = script.corrupt(documents(cfg, *[L] * B), cfg, generator(1), 0,
+                                      lambda *args: drawn.extend(honest(*args)) or drawn)
     allowed, mask_all = drawn
     is_mask, N = xt == MASK, allowed.sum(1)
     n, m = is_mask.sum(1), 16 - N
