@@ -46,6 +46,13 @@ def test_a_file_keeps_its_budget_of_lines(name):
     assert len(readme) <= 150
 
 
+def test_tests_are_not_longer_than_what_they_test():
+    lines = {folder: sum(len(path.read_text("utf-8").splitlines())
+                         for path in ROOT.glob(f"{folder}/*.py"))
+             for folder in (".", "data", "lab", "tests")}
+    assert lines.pop("tests") <= sum(lines.values()) and lines["."] <= 3500
+
+
 def test_budgets_are_not_reached_by_squeezing():
     """Two blank lines between definitions, no two statements in a line."""
     for name in BUDGETS:
