@@ -271,6 +271,9 @@ def test_rows_of_similar_length_go_together():
     # one, 3, 5, 5, 6 wide; steps 3 and 4: 5 and 6; step 5: 6
     assert nfe == 5 and model.tokens() == 2 * (4 + 6 + 6 + 7) + 2 * (6 + 7) + 7
     assert torch.equal(x, start.masked_fill(start == V, 1))
+    model, end = only_text(), torch.tensor([6, 1, 5, 3, 6])
+    dv.predict(model, torch.full((5, T), MASK), torch.arange(T) < end[:, None], end)
+    assert model.tokens() == 2 * (3 + 1) + 2 * (6 + 1) + (6 + 1)  # ends 1, 3; 5, 6; 6
 
 
 def test_rows_together_are_told_what_each_is_told_alone():
