@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from data.files import UserError, read_log, replace, run_main  # noqa: F401
+from data.files import UserError, read_log, replace, run_main, show_help  # noqa: F401
 from data.prepare import Tokenizer
 from data.tales import grade
 from data.units import report, tokens_of
@@ -319,7 +319,7 @@ def show_samples(run, sample, model, tokenizer, cfg, step=None):
     texts = [tokenizer.decode(ids) for ids in tokens_of(x, cfg)]
     about = dict(num_samples=len(texts), nfe=nfe, seconds=time.time() - start)
     if cfg.data == "tales":
-        about |= {key: rate for key, rate in grade(texts).items() if key.startswith("valid")}
+        about |= {key: rate for key, rate in grade(texts).items() if key[:3] in ("val", "con")}
     run.say("\n\n".join(["", *texts[:None if step is None else 2], ""]) +
             ", ".join(f"{k} {v:.3g}" for k, v in about.items()))
     if step is not None:

@@ -44,6 +44,13 @@ def run_main(main):
     sys.exit(2)
 
 
+def show_help(argv, doc):
+    """Print the docstring of a command that has no options, if --help asks for it, and end."""
+    if {"-h", "--help"} & {*argv}:
+        print(doc)
+        raise SystemExit(0)
+
+
 def replace(path, write):
     """write(temporary file), sync it, rename it to `path`: a crash or a full disk in between
     leaves the old file whole."""

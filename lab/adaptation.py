@@ -129,6 +129,7 @@ def draw(made):
 
 
 def main(argv):
+    common.show_help(argv, __doc__)
     if argv not in ([], ["draw"]):
         raise common.UserError("usage: python lab/adaptation.py [draw]")
     if argv:

@@ -58,6 +58,7 @@ def draw(rows):
 
 
 def main(argv):
+    common.show_help(argv, __doc__)
     if argv:
         raise common.UserError(f"unknown arguments {' '.join(argv)}: give none")
     rows = [run(head, code, seed) for seed in SEEDS for head in HEADS for code in CODES]

@@ -25,6 +25,7 @@ def collect(out, target, every=25):
 
 
 def main(argv):
+    common.show_help(argv, __doc__)
     if len(argv) != 2 or argv[0].startswith("-"):
         raise common.UserError("usage: python lab/collect.py RUN_FOLDER TARGET.jsonl")
     print(collect(*argv), "rows")

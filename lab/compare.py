@@ -1,7 +1,7 @@
 """Six ways to model text at one budget of tokens: train all, measure all, one table.
 
     python lab/compare.py --budget quick        a minute: does everything work? nothing is learnt
-    python lab/compare.py --jobs 2              the README's table: 18 runs, hours on 2 CPU cores
+    python lab/compare.py --jobs 2              three seeds, 18 runs, hours; README: --seeds 1337
     python lab/compare.py --budget full         preset small, 10000 steps: for a GPU
     python lab/compare.py table                 tables, pages and figures anew from the results
     python lab/compare.py film                  the six methods write a story each, side by side

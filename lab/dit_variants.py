@@ -2,7 +2,7 @@
 the bound as losses, noise schedules, free or fixed embeddings, inputs, blocks, self-conditioning;
 DDPM's sampler and DDIM, rounding, guidance.
 
-    python lab/dit_variants.py --schedule cosine --noise-window 1 --loss vlb --out out/cosine
+    python lab/dit_variants.py --schedule cosine --noise-window 1 --loss nelbo --out out/cosine
     python lab/dit_variants.py --prediction-type x0 --emb-norm 0 --sampler ancestral --order random
     python lab/dit_variants.py --prefix 0.5 --self-cond 0.5 --out out/self_cond
     python lab/dit_variants.py sample --sampler ddim --order random --temperature 1
@@ -39,7 +39,7 @@ from dit_embed import categorical, filter_logits, position_times, posterior, q_s
 @dataclass
 class Config(dit_embed.Config):
     prediction_type: Literal["logits", "eps", "x0", "v"] = "logits"  # what the network predicts
-    loss: Literal["auto", "ce", "mse", "vlb"] = "auto"  # auto: ce for logits, else mse
+    loss: Literal["auto", "ce", "mse", "nelbo"] = "auto"  # auto: ce for logits, else mse
     rounding_weight: float = 1.0  # weight of the rounding loss beside mse: keeps embeddings apart
     allow_collapse: bool = False  # let mse train embeddings without it
     add_likelihood: bool = True  # add the self-likelihood to the logits (E4)
@@ -69,7 +69,7 @@ class Config(dit_embed.Config):
         out, vectors = super().problems(), self.prediction_type != "logits"
         if vectors and self.loss == "ce":
             out.append(f"--loss ce needs logits: with --prediction-type {self.prediction_type} use "
-                       "--loss mse or vlb")
+                       "--loss mse or nelbo")
         if vectors and (self.sampler == "token" or self.order == "maxprob"):
             out.append("--sampler token and --order maxprob need logits: with --prediction-type "
                        f"{self.prediction_type} use --sampler ancestral --order random")
@@ -282,8 +282,8 @@ def corrupt(x0, cfg, g):
     own, lam, slope = noise_levels(t, position_times(x0.shape, cfg, g, is_given), cfg)
     eps = torch.randn(B, T, cfg.emb_dim, generator=g)
     eps0 = torch.zeros_like(eps) if cfg.loss_type == "ce" else torch.randn(eps.shape, generator=g)
-    weight, rounding = slope / (B * T), ~is_given / (B * T)  # of vlb
-    if cfg.loss_type != "vlb":
+    weight, rounding = slope / (B * T), ~is_given / (B * T)  # of nelbo
+    if cfg.loss_type != "nelbo":
         weight = (own > 0) / (own > 0).sum(1, keepdim=True).clamp(min=1) / B
         rounding = torch.full((B, T), cfg.rounding_weight / (B * T))
     twice = torch.rand(1, generator=g) < cfg.self_cond if cfg.self_cond else torch.zeros(1)
@@ -293,7 +293,7 @@ def corrupt(x0, cfg, g):
 
 def loss_fn(model, x0, lam, eps, weight):
     """ce: cross-entropy of the noisy tokens, each row averaged first; mse: the squared error of
-    what the network predicts, per number, and the rounding loss; vlb: the bound (E5) per token,
+    what the network predicts, per number, and the rounding loss; nelbo: the bound (E5) per token,
     with rounding by the self-likelihood. A sum, so that the losses of micro-batches add up."""
     cfg, emb, guess = model.cfg, model.embeddings()[x0], None
     z, is_noisy = q_sample(emb, lam, eps[..., 0, :]), weight[..., 0] > 0
@@ -316,7 +316,7 @@ def loss_fn(model, x0, lam, eps, weight):
         return loss
     clean = logsnr(torch.zeros_like(lam), cfg)[0]
     end = rounding_nll(model, x0, q_sample(emb, clean, eps[..., 1, :]), clean)
-    if cfg.loss_type == "vlb":
+    if cfg.loss_type == "nelbo":
         end = end + prior_kl(emb, cfg).float()
     return loss + (end * weight[..., 1]).sum()
 

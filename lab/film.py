@@ -17,7 +17,7 @@ from lab.methods import IDEAS, amp, default_sampler, load, sample
 
 
 def shoot(runs, note):
-    """One story of each of the runs, name -> folder, as the film's data: frames [calls, {position:
+    """One story of each of the runs, name -> folder, as the film's data: frames [nfe, {position:
     text}] of changes; null is a position that is not decided, "" one behind the end."""
     methods = []
     for name, out in runs.items():
@@ -33,7 +33,7 @@ def shoot(runs, note):
             frames.append([nfe, {i: t for i, t in texts.items() if now.get(i) != t}])
             now = texts
         methods.append(dict(
-            name=f"{name}.py", idea=IDEAS[name], calls=nfe, length=cfg.seq_len, frames=frames,
+            name=f"{name}.py", idea=IDEAS[name], nfe=nfe, length=cfg.seq_len, frames=frames,
             settings=f"NFE {nfe}, temperature {cfg.temperature:g}"))
     return dict(title="Six ways to write a story", note=note, methods=methods)
 
@@ -45,8 +45,8 @@ def moments(film, width=100, count=5):
         lines = [f"after {100 * k // count} % of the steps"]
         for method in film["methods"]:
             now = [None] * method["length"]
-            for call, changes in method["frames"]:
-                if call <= method["calls"] * k / count:
+            for nfe, changes in method["frames"]:
+                if nfe <= method["nfe"] * k / count:
                     for i, text in changes.items():
                         now[i] = text
             line = " ".join("".join("░" if t is None else t for t in now).split())

@@ -67,6 +67,7 @@ def draw(rows):
 
 
 def main(argv):
+    common.show_help(argv, __doc__)
     if argv not in ([], ["draw"]):
         raise common.UserError(f"unknown arguments {' '.join(argv)}: give none, or draw")
     if not argv:

@@ -117,6 +117,7 @@ def draw(made):
 
 
 def main(argv):
+    common.show_help(argv, __doc__)
     if argv == ["draw"]:
         return draw(json.loads(TARGET.read_text()))
     if argv:

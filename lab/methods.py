@@ -1,4 +1,4 @@
-"""The six methods: how to load, train, sample and measure any of them by the same calls.
+"""The six methods: how to load, sample and measure any of them by the same calls.
 
     python lab/methods.py                            likelihood and a sample of every run in out/
     python lab/methods.py --out my/runs --rows 500   of my/runs/ar, my/runs/mdlm and so on

@@ -65,6 +65,7 @@ def draw(rows):
 
 
 def main(argv):
+    common.show_help(argv, __doc__)
     if argv == ["draw"]:
         return draw(json.loads(TARGET.read_text())["rows"])
     if argv:

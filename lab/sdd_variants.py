@@ -37,7 +37,7 @@ class Config(sdd.Config):
     loss: Literal["ce", "nelbo"] = "ce"  # cross-entropy of the noisy tokens; the bound (E6)
     prefix: float = 0.0  # share of rows whose beginning, of random length, is clean in training
     guidance: float = 0.0  # classifier-free guidance by the given text; 0 = off
-    checkpoint_keys = ("process", "swap", "attention", "candidates", "add_likelihood")
+    checkpoint_keys = ("process", "swap", "attention", "add_likelihood")
 
     def problems(self):
         bad = super().problems()

@@ -3,10 +3,10 @@
     python lab/speed.py                  everything, seven minutes: writes results/speed.json
     python lab/speed.py train sample     only these parts
 
-Parts: memory (peak of training), start (--help and
-the first step), train (against the same network trained plainly: fused attention, logits at every
-position, float32 or bfloat16; share of the machine's bfloat16 matrix products; loading of data)
-and sample (few calls and one token a call, against ar.py with its cache). Whatever is compared
+Parts: memory (peak of training), start (--help and the first step), train (against the same network
+trained plainly: fused attention, logits at every position, float32 or bfloat16; share of the
+machine's bfloat16 matrix products; loading of data) and sample (few steps and one token a step,
+against ar.py with its cache). Whatever is compared
 takes turns, call by call, and medians are kept: a noisy machine slows all alike.
 """
 import contextlib
@@ -288,6 +288,7 @@ PARTS = dict(memory=memory, start=start, train=train, sample=sample)
 
 def main(argv):
     """Measure all parts, or those that are named, write speed.json and print it."""
+    common.show_help(argv, __doc__)
     if not set(argv) <= set(PARTS):
         raise common.UserError(f"parts are {', '.join(PARTS)}, not {' '.join(argv)}")
     out = json.loads(TARGET.read_text()) if argv else {}

@@ -180,8 +180,9 @@ def evaluate_all(run, model, tokenizer, data, cfg, opt):
         log.append(dict(kind=kind, **row))
         run.say(f"{kind}: " + ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
                                         for k, v in row.items() if v is not None))
-    log.append(dict(kind="config", eval=" ".join(sys.argv), config=dataclasses.asdict(cfg),
-                    options=dataclasses.asdict(opt), torch=torch.__version__, dtype=run.dtype,
+    log.append(dict(kind="config", command=" ".join(sys.argv), seed=cfg.seed,
+                    config=dataclasses.asdict(cfg), options=dataclasses.asdict(opt),
+                    torch=torch.__version__, dtype=run.dtype,
                     machine=common.machine(run.device), threads=torch.get_num_threads()))
     # 1. the bound
     row = script.evaluate(model, data, cfg, "test", opt.rows)

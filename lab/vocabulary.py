@@ -63,6 +63,7 @@ def measure(name):
 
 
 def main(argv):
+    common.show_help(argv, __doc__)
     if argv:
         if argv[0] not in CASES:
             raise common.UserError(f"unknown case {argv[0]}: choose {', '.join(CASES)}, or none")

@@ -34,12 +34,14 @@ BEGIN = {  # what a command of lab/ calls once its arguments are understood
     "compare": ("train", "measure", "publish", "spread", "make_film"), "compare_page": ["publish"],
     "collect": ["collect"], "film": ["load"], "methods": ["load"], "metrics": ["load_judge"],
     "ngram": ["load_data"], "pretrained": ["export"]}
+STOPPED = ("scaling", "heads", "codes", "vocabulary", "leak", "candidates", "adaptation", "compare",
+           "speed", "pretrained")  # of these no feature is run here
 
 
 def written_down():
     """Every command in a code block or table of a README, or in a docstring's indented lines."""
     lines = []
-    for path in (ROOT / "README.md", ROOT / "lab/README.md"):
+    for path in (ROOT / "README.md", ROOT / "lab/README.md", ROOT / "results/README.md"):
         text = path.read_text("utf-8")
         blocks = re.findall(r"```(?:sh|bash|shell)\n(.*?)```", text, re.S)
         lines += [re.split(r"\s+#", line)[0] for line in "".join(blocks).splitlines()]
@@ -107,6 +109,13 @@ def test_there_are_commands_to_check_and_each_lab_file_has_one():
         assert f"`{path.name}`" in (ROOT / "lab/README.md").read_text("utf-8"), path
 
 
+@pytest.mark.parametrize("name", LAB)
+def test_lab_files_explain_themselves(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        LAB[name].main(["--help"])
+    assert stop.value.code == 0 and LAB[name].__doc__.split("\n")[0][:70] in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("how", [["lab/{}.py"], ["-m", "lab.{}"]], ids=["path", "module"])
 def test_lab_files_start_by_path_and_as_modules(how):
     for name in ("compare", "mdlm_eval", "noise_eval"):  # those that import most
@@ -118,14 +127,15 @@ def test_lab_files_start_by_path_and_as_modules(how):
 
 # ---- lab commands on tiny checkpoints ------------------------------------------------------------
 
-FLAGS = ("--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --seq-len 32 --batch-size 4 "
+FLAGS = ("--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --seq-len 64 --batch-size 4 "
          "--steps 4 --warmup 1 --eval-every 4 --device cpu --dtype float32").split()
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """Runs of all scripts on documents of a small text."""
-    home = tmp_path_factory.mktemp("lab")
+    home = tmp_path_factory.mktemp("lab") / "out"
+    home.mkdir()
     small_text(home / "small.txt")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setenv("TEXT_DIFFUSION_CACHE", str(home / "cache"))
@@ -143,15 +153,30 @@ def said(name, capsys, *argv):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [
-    "--block 8 --cache prefix", "--block 8 --cache dual", "--prompt the --guidance 1",
-    "--sampler threshold --threshold 0.1 --remask none", "--sampler low_confidence --remask none",
-    "--length 80 --block 8 --eos-fill", "--order random --ancestral --sampling-schedule cosine",
-    "--remask random --remask-rule rescale --remask-eta 0.1", "--eos-last", "--infill the___3a"])
-def test_every_decoder_samples_from_a_run_of_mdlm(flags, home, capsys):
-    shown = said("decoding", capsys, "sample", "--out", home / "mdlm", "--num-samples", 2,
-                 *flags.split())
-    assert "num_samples 2, nfe " in shown
+FEATURES = re.findall(r"`(python [^`]*)`", (ROOT / "lab/README.md").read_text("utf-8").partition(
+    "## Feature and command")[2])
+SIZES = dict(mdlm_eval="--steps 4 --orders random", noise_eval="--steps 4",
+             varlen_eval="--tokens-per-step 16 --modes truncate")  # of the suites
+
+
+@pytest.mark.parametrize("command", [c for c in FEATURES if not re.search(
+    "gpt2|FILE|TARGET|data/|resume|cuda|wandb|" + "|".join(f"lab/{name}.py" for name in STOPPED), c)])
+def test_every_feature_works_at_tiny_size(command, home, capsys, monkeypatch, tmp_path):
+    """The commands of the tables in lab/README.md, but those that train many networks or need
+    data, a GPU or the internet, which other tests cover."""
+    monkeypatch.chdir(home.parent)
+    path, *argv = shlex.split(command.removeprefix("python "))
+    name = Path(path).stem
+    if name in SIZES:
+        argv += [*SIZES[name].split(), "--num-samples", "4", "--rows", "8"]
+    elif argv[:1] in (["sample"], ["eval"]):
+        argv += ["--num-samples", "2"]
+    elif "variants" in name or "/" not in path:  # train
+        argv = ["--num-steps", "8", *argv, "--data", str(home / "small.txt"), *FLAGS] + (
+            [] if "--out" in argv else ["--out", str(tmp_path / "run")]) + (
+            ["--parent-steps", "2"] if "varlen" in name else [])
+    importlib.import_module(path.removesuffix(".py").replace("/", ".")).main(argv)
+    assert re.search("nfe|nats|png|gen_nll|accuracy", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("flags, sentence", [
@@ -163,17 +188,6 @@ def test_every_decoder_samples_from_a_run_of_mdlm(flags, home, capsys):
 def test_decoders_that_cannot_work_are_refused(flags, sentence, home):
     with pytest.raises(common.UserError, match=re.escape(sentence)):
         decoding.main(["sample", "--out", str(home / "mdlm"), *flags.split()])
-
-
-@pytest.mark.parametrize("flags", [
-    "--schedule cosine --loss nelbo --cond add", "--loss mean_per_batch --cond table",
-    "--cond adaln --no-exact-count --t-sampler iid", "--schedule power2 --t-sampler antithetic"])
-def test_every_variant_of_mdlm_trains_samples_and_is_evaluated(flags, home, capsys, tmp_path):
-    shown = said("mdlm_variants", capsys, "--data", home / "small.txt", *FLAGS, "--out",
-                 tmp_path / "run", *flags.split())
-    assert "<= " in shown and "nfe 32" in shown
-    assert "<= " in said("mdlm_variants", capsys, "eval", "--out", tmp_path / "run")
-    assert "nfe" in said("decoding", capsys, "sample", "--out", tmp_path / "run")
 
 
 def test_the_suite_writes_its_rows_and_figures(home, capsys):
@@ -219,8 +233,7 @@ def test_the_suite_of_noisy_inputs_writes_its_rows_and_a_figure(script, samplers
 
 
 VARIANTS = [
-    ("dit_variants", "--prediction-type eps", "--infill a___b"),
-    ("dit_variants", "--prediction-type v --loss vlb --self-cond 1", "--sampler ddim --eta 0.5"),
+    ("dit_variants", "--prediction-type v --loss nelbo --self-cond 1", "--sampler ddim --eta 0.5"),
     ("dit_variants", "--emb-norm 0 --emb-dim 32 --schedule cosine --norm post",
      "--prompt the --guidance 1 --given noisy"),
     ("bit_variants", "--head bit --code random --input byte --schedule cosine --cond add",
@@ -231,7 +244,6 @@ VARIANTS = [
      "--no-add-likelihood", "--sampler bit"),
     ("sdd_variants", "--attention full --k 3 --schedule rational --add-likelihood state",
      "--infill a___b --order random --remask none --guidance 1"),
-    ("sdd_variants", "--curriculum 1,2,4 --noise-window 1 --loss nelbo", "--k 5 --sampler token"),
     ("sdd_variants", "--candidates posterior --prefix 0.5", "--trace")]
 
 

@@ -236,7 +236,7 @@ def test_the_film_ends_with_the_stories_that_are_sampled(quick, monkeypatch, cap
         assert "".join(now[str(i)] for i in range(len(ids))) == "".join(
             data.tokenizer.decode([t]) for t in ids)
         assert now[str(len(now) - 1)] in ("", data.tokenizer.decode([x[0, -1].item()]))
-        assert method["calls"] == nfe and f"{name}.py" in shown
+        assert method["nfe"] == nfe and f"{name}.py" in shown
     assert "after 20 % of the steps" in shown and "after 100 % of the steps" in shown
 
 

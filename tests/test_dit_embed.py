@@ -269,13 +269,13 @@ def test_mse_is_the_squared_error_of_what_the_network_predicts(kind):
 
 @pytest.mark.parametrize("kind, window, prefix", [("logits", 0.3, 0.0), ("eps", 1.0, 0.0),
                                                   ("logits", 1.0, 1.0)])
-def test_the_vlb_loss_is_the_bound_per_token_with_rounding_by_the_self_likelihood(kind, window,
+def test_the_nelbo_loss_is_the_bound_per_token_with_rounding_by_the_self_likelihood(kind, window,
                                                                                   prefix):
     """(E5) unbiased for the bound of a network that predicts vectors, whose RECONSTRUCTION is that;
     a given beginning costs nothing."""
     x0 = all_rows(4, 2).repeat(64, 1)
     model, eps = (Oracle(JOINT, LINE, 2, 0.7, kind) for kind in (kind, "eps"))
-    cfg = config(1.5, -1, noise_window=window, loss="vlb", prediction_type=kind, prefix=prefix)
+    cfg = config(1.5, -1, noise_window=window, loss="nelbo", prediction_type=kind, prefix=prefix)
     with torch.no_grad():
         mean, se = mean_and_se(lambda g: loss_of(model, x0, cfg, g), 30)
     half = torch.rand(1024, 1, generator=generator(3)) < 0.5 * prefix  # floor(2 u) is 0 or 1
@@ -285,10 +285,10 @@ def test_the_vlb_loss_is_the_bound_per_token_with_rounding_by_the_self_likelihoo
     assert abs(mean - nats.mean().item()) < 4 * se < 0.2
 
 
-def test_the_gradient_of_the_vlb_reaches_the_embeddings():
+def test_the_gradient_of_the_nelbo_reaches_the_embeddings():
     """(E5) against finite differences under the same noise."""
     x0, g, values = torch.randint(5, (8, 4), generator=generator(1)), generator, []
-    wide = dict(V=5, T=4, d=3, loss="vlb")
+    wide = dict(V=5, T=4, d=3, loss="nelbo")
     model, cfg = shaken(network(**wide), size=0.1), config(3, -4, **wide)
     loss_of(model, x0, cfg, g(2)).backward()
     step = torch.randn(5, 3, generator=g(3)) * 3e-3
@@ -309,7 +309,7 @@ def test_a_squared_error_that_would_make_all_embeddings_alike_is_refused():
     assert all(flag in said for flag in ("--rounding-weight 1", "--no-emb-train",
                                          "--allow-collapse"))
     for good in (dict(rounding_weight=1.0), dict(emb_train=False), dict(allow_collapse=True),
-                 dict(loss="vlb")):
+                 dict(loss="nelbo")):
         assert not dit_variants.Config(**bad | good).problems()
 
 

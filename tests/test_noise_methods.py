@@ -352,8 +352,8 @@ def test_every_position_sees_every_other_of_its_row_and_no_other_row(method, kin
     assert torch.allclose(model(what, level, target).flatten(1), out[target], atol=1e-5)
 
 
-LEARNERS = NETWORKS + [(DIT, dict(prediction_type="eps", self_cond=1.0, loss="vlb", order="random",
-                                  sampler="ancestral")), (BIT, dict(loss="nelbo")),
+LEARNERS = NETWORKS + [(DIT, dict(prediction_type="eps", self_cond=1.0, loss="nelbo",
+                                  order="random", sampler="ancestral")), (BIT, dict(loss="nelbo")),
                        (SDD, dict(k=4, loss="nelbo")),
                        (SDD, dict(k=4, process="original", attention="full")),
                        *((MDLM, dict(cond=cond)) for cond in ("none", "add", "table", "adaln"))]

@@ -278,7 +278,7 @@ MDLM_LOSSES = ("mean_per_sequence", "mean_per_batch", "nelbo")
     *((script, dict(noise_window=window))
       for script, window in itertools.product((dit_embed, bit_diffusion, sdd), (0.3, 1.0))),
     *((dit_variants, dict(loss=loss, prediction_type=what, self_cond=0.5, prefix=0.5))
-      for loss, what in itertools.product(("auto", "mse", "vlb"), ("logits", "eps", "v"))),
+      for loss, what in itertools.product(("auto", "mse", "nelbo"), ("logits", "eps", "v"))),
     *((bit_variants, dict(loss=loss, head=head, num_mixture=mixture, prefix=0.5))
       for loss, (head, mixture) in itertools.product(
           ("ce", "nelbo"), (("token", 1), ("bit", 1), ("bit", 4)))),
@@ -313,7 +313,7 @@ def test_micro_batches_add_up(script, changes):
 @pytest.mark.parametrize("script, changes", [
     (ar, dict(rows="docs")), (ar, {}), (mdlm, {}),
     *((mdlm_variants, dict(loss=loss, exact_count=False)) for loss in MDLM_LOSSES),
-    (dit_embed, {}), *((dit_variants, dict(loss=loss)) for loss in ("mse", "vlb")),
+    (dit_embed, {}), *((dit_variants, dict(loss=loss)) for loss in ("mse", "nelbo")),
     (bit_diffusion, {}), *((bit_variants, changes) for changes in (
         dict(loss="nelbo"), dict(head="bit", num_mixture=4))),
     (sdd, {}), *((sdd_variants, changes) for changes in (
