@@ -416,8 +416,8 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None):
 
 def main(argv):
     stored = argv[:1] in (["sample"], ["eval"])  # a checkpoint holds its codes
-    return bit_diffusion.main(argv, Config, Model if stored else new_model, corrupt, loss_fn, nelbo,
-                              sample)
+    return bit_diffusion.main(argv, Config, Model if stored else new_model, corrupt=corrupt,
+                              loss_fn=loss_fn, nelbo=nelbo, sample=sample)
 
 
 if __name__ == "__main__":

@@ -485,7 +485,8 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None):
 
 
 def main(argv):
-    return dit_embed.main(argv, Config, Model, corrupt, loss_fn, nelbo, sample)
+    return dit_embed.main(argv, Config, Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo,
+                          sample=sample)
 
 
 if __name__ == "__main__":

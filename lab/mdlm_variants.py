@@ -175,7 +175,7 @@ class Model(mdlm.Model):
 
 
 def main(argv):
-    return mdlm.main(argv, Config, Model, corrupt)
+    return mdlm.main(argv, Config, Model, corrupt=corrupt)
 
 
 if __name__ == "__main__":

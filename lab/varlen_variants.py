@@ -215,7 +215,8 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None):
 
 
 def main(argv):
-    script.main(argv, Config, Model, corrupt, loss_fn, sample=sample, init_model=init_model)
+    script.main(argv, Config, Model, corrupt=corrupt, loss_fn=loss_fn, sample=sample,
+                init_model=init_model)
 
 
 if __name__ == "__main__":

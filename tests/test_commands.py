@@ -179,6 +179,14 @@ def test_every_feature_works_at_tiny_size(command, home, capsys, monkeypatch, tm
     assert re.search("nfe|nats|png|gen_nll|accuracy", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("flags, nfe", [
+    ("--sampler threshold --threshold 0.0001 --remask none", 1),
+    ("--prompt the --guidance 1 --num-steps 8", 16), ("--length 80 --block 8 --num-steps 20", 20)])
+def test_decoding_is_by_these_decoders(flags, nfe, home, capsys):
+    shown = said("decoding", capsys, "sample", "--out", home / "mdlm", *flags.split())
+    assert f"nfe {nfe}," in shown
+
+
 @pytest.mark.parametrize("flags, sentence", [
     ("--cache dual --guidance 1", "--cache keeps no keys for the second evaluation"),
     ("--sampler threshold", "--sampler threshold does not remask: add --remask none"),
