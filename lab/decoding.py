@@ -230,7 +230,8 @@ def decode(model, x, cfg, g, on_step=lambda nfe, x: None):
 
 
 def main(argv):
-    return mdlm.main(argv, Config, mdlm_variants.Model, corrupt=mdlm_variants.corrupt, sample=decode)
+    return mdlm.main(argv, Config, mdlm_variants.Model, corrupt=mdlm_variants.corrupt,
+                     sample=decode)
 
 
 if __name__ == "__main__":

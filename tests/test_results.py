@@ -14,7 +14,8 @@ NAME, SIGN = operator.attrgetter("stem"), dict(exact="=", upper="<=")
 
 
 def rows(path, kind):
-    return [row for row in map(json.loads, path.read_text("utf-8").splitlines()) if row["kind"] == kind]
+    made = map(json.loads, path.read_text("utf-8").splitlines())
+    return [row for row in made if row["kind"] == kind]
 
 
 def load(name):
