@@ -267,32 +267,36 @@ def position_times(shape, cfg, g, is_given=None):
     return tau if is_given is None else tau.masked_fill(is_given, torch.inf)
 
 
+def wide(x):  # float64, which Apple's GPUs do not have: there on the CPU
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def noise_levels(t, tau, cfg):
     """Times t (B, 1) or a number, tau (B, T) -> log-odds lam, CLEAN for a clean position and 0 for
     pure noise, and -d lam / dt, 0 for these two: (B, T) each."""
-    own = ((t - tau) / cfg.noise_window).clamp(0, 1).double()  # (E2)
+    own = wide(((t - tau) / cfg.noise_window).clamp(0, 1))  # (E2)
     lost, slope = (curve(own) for curve in SCHEDULES[cfg.schedule])  # 1 - a
     lam = (2 / lost - 1).log().clamp(0, CLEAN)  # (E1)
     slope = torch.where((lam > 0) & (lam < CLEAN), 2 * slope / (lost * (2 - lost)), 0.0)
-    return lam.float(), slope / cfg.noise_window
+    return lam.float().to(tau.device), slope / cfg.noise_window
 
 
 def q_sample(clean, lam, g):
     """Codes (..., K) of +-1, log-odds (...) -> codes with each bit right with these odds."""
-    u = torch.rand(clean.shape, generator=g, dtype=torch.float64).to(clean.device)
-    return torch.where(u < lam.double().sigmoid()[..., None], clean, -clean)  # (E1)
+    u, p = torch.rand(clean.shape, generator=g, dtype=torch.float64), wide(lam).sigmoid()[..., None]
+    return torch.where((u.to(p.device) < p).to(clean.device), clean, -clean)  # (E1)
 
 
 def bit_logits(model, logits):
     """Log-odds of each bit to be +1: (n, V) -> (n, K), float64 for small probabilities."""
-    p, ones = logits.double().softmax(1), (model.codes > 0).double()
+    p, ones = wide(logits).softmax(1), wide(model.codes > 0)
     return (p @ ones).log() - (p @ (1 - ones)).log()  # (E5)
 
 
 def nelbo_integrand(odds, bits, clean, lam):
     """Nats per unit of lam, (n,), float64: the network's log-odds of each bit, the noisy bits and
     the clean ones, (n, K) each, and their lam (n,)."""
-    lam = lam.double()[:, None]
+    bits, clean, lam = wide(bits), wide(clean), wide(lam)[:, None]
     log_r = -lam * bits * clean
     log_r_hat = torch.logaddexp(F.logsigmoid(bits * odds) - lam, F.logsigmoid(-bits * odds) + lam)
     cost = log_r_hat.exp() + log_r.exp() * (log_r - log_r_hat - 1)
@@ -326,11 +330,10 @@ def nelbo(model, x0, cfg, g, K=8, is_given=None):
     other tokens | those)."""
     (B, T), device = x0.shape, x0.device
     is_given = torch.zeros(B, T, dtype=torch.bool) if is_given is None else is_given.cpu()
-    clean, u = model.codes[x0], torch.rand(B, 1, generator=g)
+    clean, u, total = model.codes[x0], torch.rand(B, 1, generator=g), 0
     tau = position_times(x0.shape, cfg, g, is_given)
     first = tau.amin(1, keepdim=True).clamp(max=1)  # lam changes between these times only
     last = tau.masked_fill(is_given, -cfg.noise_window).amax(1, keepdim=True) + cfg.noise_window
-    total = torch.zeros(B).double()
     for k in range(K):
         lam, slope = noise_levels(first + (last - first) * (k + u) / K, tau, cfg)
         bits, nats = q_sample(clean, lam.to(device), g), torch.zeros(B, T).double()
@@ -379,7 +382,7 @@ def flip_probability(lam_t, lam_s, y):
     """(E7): the probability that a bit changes from lam_t up to lam_s > lam_t, (n, 1), if it is
     right at first, y = 1, or wrong, y = -1; float64. Without differences of numbers near one:
     1 + a y = 2 sigmoid(y lam), 1 - r = sinh((s - t) / 2) / (sinh(s / 2) cosh(t / 2)), s = lam_s."""
-    t, s = lam_t.double(), lam_s.double()
+    t, s = wide(lam_t), wide(lam_s)
     jump = ((s - t) / 2).sinh() / ((s / 2).sinh() * (t / 2).cosh())  # 1 - r
     return (jump * (-y * s).sigmoid() / (2 * (y * t).sigmoid())).clamp(max=1)  # (E7)
 
@@ -420,13 +423,12 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict_x0=predict_x0)
         # 3. draw: one reverse step; where lam_s is clean the codes become tokens
         bits_t, is_last = bits[is_target], lam_s[is_target] >= CLEAN
         x0_hat = predict_x0(model, logits, bits_t, lam[is_target], cfg, g)
-        f = flip_probability(lam[is_target][:, None], lam_s[is_target][:, None], bits_t * x0_hat)
-        u = torch.rand(f.shape, generator=g, dtype=torch.float64).to(device)
-        bits_s = torch.where(u < f, -bits_t, bits_t)  # (E8)
-        bits[is_target] = torch.where(is_last[:, None], x0_hat, bits_s)
+        y = wide(bits_t * x0_hat)
+        f = flip_probability(lam[is_target][:, None], lam_s[is_target][:, None], y)
+        flips = (torch.rand(f.shape, generator=g, dtype=torch.float64).to(f.device) < f).to(device)
+        bits[is_target] = torch.where(is_last[:, None], x0_hat, torch.where(flips, -bits_t, bits_t))
         x[is_target] = torch.where(is_last, bits_to_int(x0_hat, V), V)
-        all_right = lam_s.sigmoid() ** bits.shape[2]  # the probability of it
-        on_step(nfe, bits_to_int(bits, V).masked_fill(all_right < 0.5, V))
+        on_step(nfe, bits_to_int(bits, V).masked_fill(lam_s.sigmoid() ** bits.shape[2] < 0.5, V))
     return x, nfe
 
 

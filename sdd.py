@@ -258,11 +258,12 @@ def position_times(shape, cfg, g, is_given=None):
 def noise_levels(t, tau, cfg):
     """Times t (B, 1) or a number, tau (B, T) -> precision, CLEAN for a clean position and 0 where
     nothing is known, and -d prec / dt, 0 for these two: (B, T) each."""
-    own = ((t - tau) / cfg.noise_window).clamp(0, 1).double()  # (E4)
+    own = ((t - tau) / cfg.noise_window).clamp(0, 1)  # (E4)
+    own = (own.cpu() if own.device.type == "mps" else own).double()  # Apple's GPUs have none
     unit = max(8.0, 2 * math.log(cfg.vocab_size))  # a token alone is lost near prec = 2 ln V
     prec = (unit * -own.log()).clamp(0, CLEAN)
     slope = torch.where((prec > 0) & (prec < CLEAN), unit / own, 0.0)
-    return prec.float(), slope / cfg.noise_window
+    return prec.float().to(tau.device), slope / cfg.noise_window
 
 
 def q_sample(x0, prec, eps):
@@ -302,8 +303,8 @@ def predict(model, x, prec, z, is_target):
 
 def squared_error(logits, x0):
     """|e_x - p|^2 of p = softmax(logits) (n, V) and tokens x0 (n,): (n,), float64."""
-    p = logits.double().softmax(1)
-    return p.scatter_add(1, x0[:, None], -torch.ones_like(p[:, :1])).square().sum(1)
+    p = (logits.cpu() if logits.device.type == "mps" else logits).double().softmax(1)
+    return p.scatter_add(1, x0[:, None].to(p.device), -torch.ones_like(p[:, :1])).square().sum(1)
 
 
 def corrupt(x0, cfg, g, noise_levels=noise_levels):
@@ -336,12 +337,11 @@ def nelbo(model, x0, cfg, g, K=8, is_given=None, predict=predict, noise_levels=n
     """Upper bound (E6) on -log p(x0) in nats per row, (B,), estimated without bias from K times,
     evenly spaced from an offset per row. With a boolean `is_given` (B, T) it bounds -log p(the
     other tokens | those)."""
-    (B, T), device = x0.shape, x0.device
+    (B, T), device, total = x0.shape, x0.device, 0
     is_given = torch.zeros(B, T, dtype=torch.bool) if is_given is None else is_given.cpu()
     tau, u = position_times(x0.shape, cfg, g, is_given), torch.rand(B, 1, generator=g)
     first = tau.amin(1, keepdim=True).clamp(max=1)  # precision changes between these times only
     last = tau.masked_fill(is_given, -cfg.noise_window).amax(1, keepdim=True) + cfg.noise_window
-    total = torch.zeros(B).double()
     for k in range(K):
         prec, slope = noise_levels(first + (last - first) * (k + u) / K, tau, cfg)
         nats = torch.zeros(B, T).double()

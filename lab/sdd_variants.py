@@ -147,7 +147,7 @@ def noise_levels(t, tau, cfg):
         return sdd.noise_levels(t, tau, cfg)
     own = ((t - tau) / cfg.noise_window).clamp(1e-9, 1).double()
     other = (1 - 1 / own).exp()
-    prec, slope = sdd.noise_levels(other * cfg.noise_window, 0.0, cfg)
+    prec, slope = sdd.noise_levels(other * cfg.noise_window, torch.zeros_like(other), cfg)
     return prec, slope * other / own ** 2
 
 

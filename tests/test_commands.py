@@ -240,33 +240,6 @@ def test_the_suite_of_noisy_inputs_writes_its_rows_and_a_figure(script, samplers
         noise_eval.main(["--script", script, "--out", str(out), "--samplers", "best"])
 
 
-VARIANTS = [
-    ("dit_variants", "--prediction-type v --loss nelbo --self-cond 1", "--sampler ddim --eta 0.5"),
-    ("dit_variants", "--emb-norm 0 --emb-dim 32 --schedule cosine --norm post",
-     "--prompt the --guidance 1 --given noisy"),
-    ("bit_variants", "--head bit --code random --input byte --schedule cosine --cond add",
-     "--invalid modulo --prompt the --guidance 1"),
-    ("bit_variants", "--head bit --num-mixture 4 --code semantic --input bit --noise-window 1 "
-     "--prefix 0.5", "--infill a___b"),
-    ("bit_variants", "--loss nelbo --code frequency --input raw --schedule linear "
-     "--no-add-likelihood", "--sampler bit"),
-    ("sdd_variants", "--attention full --k 3 --schedule rational --add-likelihood state",
-     "--infill a___b --order random --remask none --guidance 1"),
-    ("sdd_variants", "--candidates posterior --prefix 0.5", "--trace")]
-
-
-@pytest.mark.parametrize("name, train, sample", VARIANTS)
-def test_every_variant_trains_samples_and_is_evaluated(name, train, sample, home, capsys, tmp_path):
-    out, script = tmp_path / "run", dict(dit="dit_embed", bit="bit_diffusion", sdd="sdd")[name[:3]]
-    shown = said(name, capsys, "--data", home / "small.txt", *FLAGS, *train.split(), "--out", out)
-    assert "<= " in shown and "nfe " in shown
-    assert "nfe " in said(name, capsys, "sample", "--out", out, "--num-samples", 2, "--num-steps",
-                          8, *sample.split())
-    assert "<= " in said(name, capsys, "eval", "--out", out, "--num-steps", 4)
-    assert "steps: " in said("noise_eval", capsys, "--script", script, "--out", out, "--judge",
-                             tmp_path, "--steps", 4, "--num-samples", 4, "--rows", 8)
-
-
 def test_the_original_process_shows_a_leak_and_no_likelihood(home, capsys, tmp_path):
     shown = said("sdd_variants", capsys, "--data", home / "small.txt", *FLAGS, "--process",
                  "original", "--out", tmp_path / "run")
