@@ -202,7 +202,7 @@ class Run:
     def say(self, text):
         """Print without breaking the progress bar."""
         if self.rank == 0:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f]", "?", text), file=sys.stdout)
 
     def log(self, kind, step, **row):
         """Append a row to log.jsonl."""
@@ -252,7 +252,7 @@ class Run:
     def resume(self, tokenizer, model, ema, optimizers, g):
         """Put back what save() wrote; returns the step."""
         with usable(self.out / "state.pt") as path:
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)  # AdamW's step stays
             if state["tokenizer"] != tokenizer.fingerprint:
                 raise ValueError(f"another tokenizer than the {tokenizer.name} of these data")
             for part, stored in zip((model, ema, *optimizers), state["parts"]):

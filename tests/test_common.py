@@ -641,6 +641,27 @@ def test_replace_leaves_the_old_file_when_writing_fails(tmp_path):
         assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
 
 
+def test_replace_writes_through_no_link(tmp_path):
+    (tmp_path / "mine").write_text("kept")
+    (tmp_path / "file.tmp").symlink_to(tmp_path / "mine")
+    files.replace(tmp_path / "file", lambda file: file.write(b"new"))
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == dict(mine="kept", file="new")
+
+
+def test_printed_text_commands_no_terminal(capsys):
+    common.Run(SCRIPTS["ar"].Config(device="cpu")).say("a\x1b]0;b\x07\nc\td\x9b")
+    assert capsys.readouterr().out == "a?]0;b?\nc\td?\n"
+
+
+def test_the_state_of_a_run_is_loaded_to_the_cpu(straight, cli, monkeypatch, tmp_path):
+    """There AdamW's step stays: on a GPU it would be waited for at every step."""
+    shutil.copytree(straight / "ar", tmp_path / "ar")
+    load, seen = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda *args, **how: seen.append(how) or load(*args, **how))
+    assert cli("ar", "--resume", "--out", tmp_path / "ar")[0] == 0
+    assert [how["map_location"] for how in seen] == ["cpu"]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @each
 def test_output_that_nobody_can_take_is_one_sentence(name, fork, straight):
