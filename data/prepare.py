@@ -5,9 +5,10 @@
 
 NAME       tales (written here by data/tales.py), or from the Hugging Face hub tinystories,
            wikitext2, openwebtext, fineweb
-PATH       a .txt, .jsonl or .parquet file, a folder of them (recursive; of one kind, the first
-           found of parquet, jsonl, txt), a folder written by `datasets.save_to_disk`, or a copy
-           of a hub repository (data/train-00000-of-00002.parquet ...)
+PATH       a .txt, .jsonl (both also .gz) or .parquet file, a folder of them (recursive, through
+           links, without hidden files; all of one kind), a folder written by
+           `datasets.save_to_disk`, or a copy of a hub repository
+           (data/train-00000-of-00002.parquet ...)
 documents  .jsonl and .parquet: the field `text`, or the only string field. wikitext2: an article.
            .txt: what stands between two <|endoftext|>; in a folder, a small file. Running text (a
            file without marks, or more than 1 MB between two) is cut at the first blank line, or
@@ -15,8 +16,9 @@ documents  .jsonl and .parquet: the field `text`, or the only string field. wiki
            --split lines: every line of a .txt that is not blank is a document, as it stands.
 split      by sha256 of the document: val 2 %, test 2 %, train 96 %, so equal documents stay
            together. Below 1000 documents the smallest hashes make val and test, at least one
-           each. A hub dataset that has a validation split keeps its own splits; a missing test is
-           half of validation, by hash. tales: one seed each.
+           each. A hub dataset that has train and validation or test (as splits, or as the names of
+           all its files) keeps them; a missing one is half of the other, by hash. tales: one seed
+           each.
 tokenizer  bpe (byte-level, trained on train; 2048 ids), gpt2 (50257 ids; with --vocab-size N the
            first N - 1 ids of the same table, and EOS), byte, char (an id for each character of
            the text, all splits), hf:NAME or hf:PATH
@@ -28,7 +30,9 @@ folder     {train,val,test}.bin: the documents, each followed by EOS, as uint16 
 import argparse
 import base64
 import contextlib
+import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -58,6 +62,7 @@ from data.files import UserError, run_main
 
 FORMAT = 2                          # part of a folder's name: raise it when the files change
 SPLITS = "train", "val", "test"
+VAL = {"validation": "val", "valid": "val", "dev": "val"}   # other names of a split
 END = "<|endoftext|>"
 CHECKED = 1 << 30                   # bytes: larger files are not read whole at every start
 WHOLE, SHORT, LONG = 1 << 20, 2000, 8000    # characters: see `documents` above
@@ -285,7 +290,7 @@ def _hf(spec):
 
 def _hf_file(spec):
     """The local file of a tokenizer hf:PATH, else None."""
-    path = Path(spec.removeprefix("hf:")).expanduser()
+    path = Path(os.path.expanduser(spec.removeprefix("hf:")))
     if spec.startswith("hf:") and path.exists():
         return path / "tokenizer.json" if path.is_dir() else path
 
@@ -300,6 +305,7 @@ class Source:
     read: Callable      # () -> iterator of (split, or None for "by hash"; text; log p or None)
     total: int = None   # for the progress bar: documents or bytes, if known
     unit: str = "doc"
+    note: str = None    # what to tell the user
 
 
 def find_source(name, max_docs=0, split="auto"):
@@ -317,7 +323,7 @@ def find_source(name, max_docs=0, split="auto"):
         return _tales(max_docs)
     if name in HUB:
         return _hub(name, max_docs)
-    path = Path(name).expanduser().resolve()
+    path = Path(os.path.expanduser(name)).resolve()
     if not name or not path.exists():
         raise UserError(f"{name!r} is neither a file or folder nor one of the names tales, "
                         f"{', '.join(HUB)}: check it")
@@ -370,47 +376,116 @@ def _tell(n, seed, score, chunk=100):
             teller.communicate()
 
 
+def _walk(folder, seen):
+    """The files below a folder in the order of their names, through links, each folder once;
+    without hidden files and those of the system."""
+    seen.add(folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.name[0] == "." or path.name in ("__MACOSX", "Thumbs.db", "desktop.ini"):
+            continue
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in seen:
+            yield from _walk(path, seen)
+
+
+def _kind(path):
+    """txt, jsonl, parquet or arrow; None for what is no text."""
+    end = re.search(r"\.(txt|jsonl)(\.gz)?$|\.(parquet|arrow)$|\.(gz|zst|bz2|xz|zip|lz4)$",
+                    path.name.lower())
+    if end and end[4]:
+        raise UserError(f"{path} is packed in a way that is not read here: unpack it, or pack .txt "
+                        "or .jsonl with gzip")
+    return end and (end[1] or end[3])
+
+
 def _local(name, path, max_docs, split):
-    saved = any((path / f).exists() for f in ("dataset_dict.json", "state.json"))
-    found = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    kinds = [".arrow"] if saved else [".parquet", ".jsonl", ".txt"]
-    kind = next((k for k in kinds if any(f.suffix.lower() == k for f in found)), None)
-    if not kind:
+    parts = _saved(name, path)
+    found = [path] if path.is_file() else list(_walk(path, set())) if path.is_dir() else []
+    kinds = {}
+    for file in chain.from_iterable(parts.values()) if parts else found:
+        kinds.setdefault(_kind(file), []).append(file)
+    left = [] if parts else kinds.pop(None, []) + kinds.pop("arrow", [])
+    if not kinds:
         raise UserError(f"{name} is no text: give a .txt, .jsonl or .parquet file, or a folder of "
                         "such files")
-    if split == "lines" and kind != ".txt":
-        raise UserError(f"--split lines is for .txt files, and {name} holds {kind} files: leave it "
-                        "out")
-    files = [f for f in found if f.suffix.lower() == kind]
+    if len(kinds) > 1:
+        raise UserError(f"{name} holds " + " and ".join(
+            f"{len(files)} .{kind} ({files[0].relative_to(path)}{' ...' * (len(files) > 1)})"
+            for kind, files in kinds.items()) + ": give one of these files, or a folder of one "
+            "kind")
+    [(kind, files)] = kinds.items()
+    if split == "lines" and kind != "txt":
+        raise UserError(f"--split lines is for .txt files, and {name} holds .{kind} files: leave "
+                        "it out")
+    if broken := [f for f in files if not f.is_file()]:
+        raise UserError(f"{broken[0]} is no file or a link to nothing: repair or remove it")
     stats = [f.stat() for f in files]
     key = [[(str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, stats)], max_docs]
     key += [split] if split == "lines" else []
-
-    def load():
-        import datasets
-        if saved:
-            return datasets.load_from_disk(str(path))
-        if path.is_file():
-            return datasets.load_dataset("parquet", data_files=str(path), streaming=True)
-        return datasets.load_dataset(str(path), streaming=True)
+    note = left and (f"left out of {name}, as neither .txt, .jsonl nor .parquet: {left[0].name}"
+                     + (f" and {len(left) - 1} more" if len(left) > 1 else ""))
 
     def read():
-        texts = (_jsonl(f) if kind == ".jsonl" else _lines(f) if split == "lines"
+        texts = (_jsonl(f) if kind == "jsonl" else _lines(f) if split == "lines"
                  else _txt(f, len(files) == 1) for f in files)
         return ((None, text, None) for text in islice(chain.from_iterable(texts), max_docs or None))
-    if kind in (".arrow", ".parquet"):
-        return Source(name, key, "rows; the dataset's splits if it has validation, else by hash",
-                      lambda: _rows(load, max_docs, name, "check its files"), max_docs or None)
-    rule = "lines" if kind == ".jsonl" or split == "lines" else (
+    if kind in ("arrow", "parquet"):
+        if not parts:   # the names of a hub repository: train-00000-of-00002.parquet
+            names = [re.fullmatch(r"([a-z]+)(-\d{5}-of-\d{5}.*)?", f.stem) for f in files]
+            for file, found in zip(files, names):
+                parts.setdefault(found[1] if found else "", []).append(file)
+            parts = parts if parts.keys() <= {*SPLITS, *VAL} else {"": files}
+        return Source(name, [*key, "own"], "rows; the dataset's splits if it has train and "
+                      "validation or test, else by hash", lambda: _rows(
+                          lambda: {k: chain.from_iterable(map(_table, v)) for k, v in
+                                   parts.items()}, max_docs, name, "check its files"),
+                      max_docs or None, note=note)
+    rule = "lines" if kind == "jsonl" or split == "lines" else (
         f"between {END}, or small files of a folder, or else running text cut after {SHORT} "
         "characters")
-    total, unit = (max_docs, "doc") if max_docs else (sum(s.st_size for s in stats), "B")
-    return Source(name, key, rule + "; split by hash", read, total, unit)
+    packed = any(f.suffix.lower() == ".gz" for f in files)
+    total, unit = (max_docs or None, "doc") if max_docs or packed else (
+        sum(s.st_size for s in stats), "B")
+    return Source(name, key, rule + "; split by hash", read, total, unit, note)
+
+
+def _saved(name, path):
+    """{split: its files} of a folder that `datasets.save_to_disk` wrote, else {}."""
+    with hint(f"cannot read {name}", "save the dataset again"):
+        if (path / "dataset_dict.json").exists():
+            names = json.loads((path / "dataset_dict.json").read_text())["splits"]
+            return {k: _saved(name, path / k)[""] for k in names}
+        if (path / "state.json").exists():
+            state = json.loads((path / "state.json").read_text())
+            return {"": [path / f["filename"] for f in state["_data_files"]]}
+        return {}
+
+
+def _table(path):
+    """The rows of a .parquet or .arrow file as dictionaries, `text` alone if it has that."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    with open(path, "rb") as file:
+        if path.suffix.lower() == ".parquet":
+            table = pq.ParquetFile(file)
+            columns = ["text"] if "text" in table.schema_arrow.names else None
+            batches = table.iter_batches(1000, columns=columns)
+        else:
+            batches = pa.ipc.open_stream(file)
+        for batch in batches:
+            names = ["text"] if "text" in batch.schema.names else batch.schema.names
+            yield from batch.select(names).to_pylist()
+
+
+def _open(path):
+    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
 
 
 def _utf8(path):
     """The text of a file in blocks, its line ends as \n. UserError at a byte of another code."""
-    with open(path, encoding="utf-8-sig") as file:
+    with hint(f"cannot read {path}", "check the file"), io.TextIOWrapper(
+            _open(path), encoding="utf-8-sig") as file:
         try:
             while block := file.read(1 << 20):
                 yield block
@@ -457,7 +532,7 @@ def _passages(text, more=False):
 
 
 def _jsonl(path):
-    with open(path, "rb") as file:
+    with hint(f"cannot read {path}", "check the file"), _open(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 with hint(f"line {number} of {path} is not JSON", "repair or remove it"):
@@ -476,21 +551,23 @@ def _text(row, where):
 
 
 def _rows(load, max_docs, where, advice, group=None):
-    """The documents of a dataset, or dictionary of splits, of the `datasets` library."""
+    """The documents of an iterable of dictionaries, or of a dictionary of such splits."""
     with hint(f"cannot read {where}", advice):
-        import datasets
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)   # the sentence of hint is enough
-        data, names = load(), {"validation": "val", "valid": "val", "dev": "val"}
-        data = {names.get(k, k): v for k, v in (data if isinstance(data, dict) else {"": data})
-                .items()}
-        own = "train" in data and "val" in data
-        for split in SPLITS if own else ["train"] if "train" in data else data:
+        found = load()
+        found = found if isinstance(found, dict) else {"": found}
+        data = {VAL.get(k, k): v for k, v in found.items()}
+        own = "train" in data and len(data.keys() & {*SPLITS}) > 1
+        if own and (data.keys() - {*SPLITS} or len(data) < len(found)):
+            raise UserError(f"{where} has the splits {', '.join(found)}: keep only train, "
+                            "validation and test of them")
+        for split in SPLITS if own else data:
             limit = max(20, max_docs // 10) if max_docs and own and split != "train" else max_docs
             rows = enumerate(data.get(split, ()))
             texts = (_text(row, f"row {i} of {split} of {where}") for i, row in rows)
             for text in islice(group(texts) if group else texts, limit or None):
-                halved = split == "val" and "test" not in data and _hash(text) % 2
-                yield ("test" if halved else split) if own else None, text, None
+                missing = {*SPLITS} - data.keys() if split != "train" else ()
+                halved = missing and _hash(text) % 2
+                yield (min(missing) if halved else split) if own else None, text, None
 
 
 def _hub(name, max_docs):
@@ -500,6 +577,7 @@ def _hub(name, max_docs):
     def load():
         stream = _online() and streaming    # offline: whatever HF_HOME holds
         import datasets
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)   # the sentence of hint is enough
         return datasets.load_dataset(repository, config, streaming=stream)
     advice = (f"run `python data/prepare.py {name}` on a machine with a network and copy its "
               f"data/cache or HF_HOME folder, or download {repository} from huggingface.co and "
@@ -630,6 +708,8 @@ def _lock(folder, waiting=None):
 
 
 def _build(folder, source, tokenizer, vocab_size, quiet, say):
+    if source.note:
+        say(source.note)
     cut = _cuts(source)
     tok = _tokenizer(source, tokenizer, vocab_size, cut, say)
     tok.save(folder)

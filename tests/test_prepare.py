@@ -1,5 +1,6 @@
 """data/prepare.py: tokenizers, documents, splits, files, and every way it can go wrong."""
 import contextlib
+import gzip
 import hashlib
 import json
 import math
@@ -346,7 +347,8 @@ def test_jsonl_parquet_saved_and_hub_layout_give_the_same_documents(tmp_path, ca
     for i in (0, 1):
         shard = data.select(range(60 * i, 60 * i + 60))
         shard.to_parquet(str(hub / f"train-0000{i}-of-00002.parquet"))
-    for path in (one, two, tmp_path / "data.parquet", tmp_path / "saved", tmp_path / "hub"):
+    datasets.DatasetDict(train=data, extra=data.select([])).save_to_disk(str(tmp_path / "dict"))
+    for path in (one, two, *(tmp_path / name for name in ("data.parquet", "saved", "hub", "dict"))):
         assert read(path) == docs and read(path, 7) == docs[:7]
     folder = P.prepare(tmp_path / "saved", "byte", cache=cache, quiet=True)
     assert sorted(sum((texts(folder, s) for s in P.SPLITS), [])) == sorted(docs)
@@ -367,11 +369,55 @@ def test_a_dataset_with_validation_keeps_its_splits(tmp_path, cache):
     assert texts(folder, "train") == docs[:200]
     val, test = texts(folder, "val"), texts(folder, "test")
     assert sorted(val + test) == sorted(docs[200:]) and 25 < len(val) < 75
+    (hub / "validation-00000-of-00001.parquet").rename(hub / "test-00000-of-00001.parquet")
+    folder = P.prepare(hub.parent, "byte", cache=cache, quiet=True)     # halved the other way
+    assert sorted(texts(folder, "val") + texts(folder, "test")) == sorted(docs[200:])
+    write("validation", docs[200:])
     write("test", ["t"] * 5)
     folder = P.prepare(hub.parent, "byte", cache=cache, quiet=True)
     assert texts(folder, "val") == docs[200:] and texts(folder, "test") == ["t"] * 5
     folder = P.prepare(hub.parent, "byte", max_docs=50, cache=cache, quiet=True)
     assert [len(texts(folder, s)) for s in P.SPLITS] == [50, 20, 5]
+
+
+@pytest.mark.parametrize("files, got, note", [
+    ("a[1].parquet test_notes.parquet my*train?.parquet valid.parquet README.md", 4, "README.md"),
+    ("train.parquet notes.parquet test.parquet", 3, ""),
+    ("a.txt .git/x.txt .ipynb_checkpoints/b.txt __MACOSX/c.txt ._x.txt .DS_Store b.txt.gz", 2, ""),
+    ("a.jsonl b.jsonl.gz deep/c.jsonl c.csv d.json", 3, "c.csv and 1 more"),
+    ("a.parquet n0.txt n1.txt", "1 .parquet (a.parquet) and 2 .txt (n0.txt ...): give one", ""),
+    ("a.txt b.jsonl.gz", "1 .txt (a.txt) and 1 .jsonl (b.jsonl.gz): give one of these", ""),
+    ("a.txt b.txt.zst", "b.txt.zst is packed in a way that is not read here: unpack it", ""),
+    ("a.jsonl b.zip", "b.zip is packed in a way", ""), ("a.txt !c.txt.gz", "cannot read", "")])
+def test_a_folder_is_read_whole_or_refused(files, got, note, tmp_path, monkeypatch):
+    """Through links, whatever its path, its names and its README.md are, and without a home."""
+    import pyarrow
+    from pyarrow.parquet import write_table
+    monkeypatch.setenv("HOME", "/nowhere")
+    folder, docs = tmp_path / "a [b] * ?" / "data", []
+    for name in files.split():
+        path = folder / name.lstrip("!")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data, pack = f"text of {name}", gzip.compress if path.suffix == ".gz" else bytes
+        docs += [data] if path.name[0] != "." else []
+        if path.suffix == ".parquet":
+            write_table(pyarrow.table({"text": [data]}), path)
+        elif name == "README.md":
+            path.write_text("---\nconfigs:\n- data_files: a.parquet\n---\n")
+        else:
+            data = json.dumps({"text": data}) if "json" in name else data
+            path.write_bytes(b"torn" if name[0] == "!" else pack(data.encode()))
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "to").symlink_to(folder)
+    (folder / "loop").symlink_to(tmp_path / "link")
+    for path in (folder, tmp_path / "link"):
+        if isinstance(got, str):
+            with pytest.raises(UserError) as e:
+                read(path)
+            assert got in str(e.value).replace("(to/", "(")
+        else:
+            assert len(read(path)) == got and {*read(path)} <= {*docs}
+            assert (P.find_source(str(path)).note or "").endswith(note)
 
 
 def test_hub_names_ask_for_the_right_dataset(monkeypatch, cache):
