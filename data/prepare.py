@@ -41,7 +41,9 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 from array import array
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -67,6 +69,8 @@ END = "<|endoftext|>"
 CHECKED = 1 << 30                   # bytes: larger files are not read whole at every start
 WHOLE, SHORT, LONG = 1 << 20, 2000, 8000    # characters: see `documents` above
 SAMPLE = 64 << 20                   # characters of train that a BPE is trained on
+LONG_WORD = re.compile(r"(\S{256}|\s{256})")     # training a BPE is quadratic in the longest word
+LONG_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{9999,}")
 TALES = {"train": 100_000, "val": 2000, "test": 2000}
 SEEDS = {"train": 1, "val": 2, "test": 3, "tokenizer": 4}
 TALES_BPE = Path(__file__).with_name("tales_bpe.json")
@@ -89,6 +93,27 @@ def hint(what, advice):
     except Exception as e:
         why = textwrap.shorten(str(e), 160) or type(e).__name__
         raise UserError(f"{what} ({why}): {advice}") from None
+
+
+def _run(work):
+    """work(stopped) in a thread: the main one hears Ctrl-C while compiled code works, and then
+    sets the event `stopped`."""
+    done, stopped = Future(), threading.Event()
+
+    def run():
+        try:
+            done.set_result(work(stopped))
+        except BaseException as error:
+            done.set_exception(error)
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        while not done.done():
+            wait([done], 0.2)
+    except BaseException:
+        stopped.set()
+        wait([done], 1)     # Python should not end while the thread comes back to it
+        raise
+    return done.result()
 
 
 def sha(data):
@@ -144,8 +169,21 @@ class Tokenizer:
                                 f"{str(unknown)[1:-1]}: leave these out of the prompt")
             return [[self.ids[char] for char in text] for text in texts]
         if self.kind == "gpt2":
-            return self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+            if sum(map(len, texts)) > 1 << 21:      # Python ends no sooner than such threads
+                return [*map(self._gpt2_ids, texts)]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return [*pool.map(self._gpt2_ids, texts)]
         return [e.ids for e in self.bpe.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _gpt2_ids(self, text):
+        """A long white space, on which tiktoken's pattern fills the stack, is one piece, less a
+        last character before text, as the pattern has it."""
+        ids, at = [], 0
+        for space in LONG_SPACE.finditer(text):
+            ids += self.bpe.encode_ordinary(text[at:space.start()])
+            at = space.end() - (space.end() < len(text))
+            ids += self.bpe._encode_single_piece(text[space.start():at])
+        return ids + self.bpe.encode_ordinary(text[at:])
 
     def decode(self, ids):
         """The text of ids (list, array or tensor). It leaves out specials and ids past the
@@ -218,9 +256,16 @@ def train_bpe(texts, vocab_size=2048):
     bpe = Fast(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+    trainer = trainers.BpeTrainer(
         vocab_size=natural_vocab("bpe", vocab_size) - 1, min_frequency=2, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+
+    def pieces(stopped):
+        for text in texts:
+            if stopped.is_set():
+                raise InterruptedError
+            yield [piece for piece in LONG_WORD.split(text) if piece]
+    _run(lambda stopped: bpe.train_from_iterator(pieces(stopped), trainer))
     return _own("hf", bpe.get_vocab_size() + 1, "bpe", tokenizer=json.loads(bpe.to_str()))
 
 
@@ -273,7 +318,7 @@ def _hf(spec):
         if not file:
             _online()
         from tokenizers import Tokenizer as Fast
-        tok = Fast.from_file(str(file)) if file else Fast.from_pretrained(name)
+        tok = Fast.from_file(str(file)) if file else _run(lambda _: Fast.from_pretrained(name))
     vocab = tok.get_vocab(with_added_tokens=True)
     n = max(vocab.values()) + 1
 
@@ -717,7 +762,8 @@ def _build(folder, source, tokenizer, vocab_size, quiet, say):
     bar = tqdm(total=source.total, unit=source.unit, unit_scale=True, desc=source.name,
                disable=quiet or None)   # None: shown on a terminal only
     for batch in _batches(source.read()):
-        for (split, text, logp), ids in zip(batch, tok.encode_batch([d[1] for d in batch])):
+        rows = _run(lambda _: tok.encode_batch([text for _, text, _ in batch]))
+        for (split, text, logp), ids in zip(batch, rows):
             size = len(text.encode())
             writers[split or _split(text, cut)].add(ids, size, logp)
             bar.update(size if source.unit == "B" else 1)

@@ -2,6 +2,7 @@
 import contextlib
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -83,7 +84,8 @@ def command(capsys, *args):
 def start(*args, **env):
     return subprocess.Popen([sys.executable, SCRIPT, *map(str, args)], text=True, cwd="/",
                             env={**os.environ, **env}, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
+                            stderr=subprocess.PIPE,     # SIGINT may be ignored where tests run
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 # ---- tokenizers --------------------------------------------------------------------------------
@@ -197,6 +199,26 @@ def test_gpt2_truncated_is_a_prefix_of_gpt2(gpt2):
     assert all(same + longer) and len(same) > 100 and len(longer) > 100
     round_trip(small)
     assert gpt2(257).vocab_size == 257 and small.fingerprint != gpt2(1001).fingerprint
+
+
+@needs_shared
+def test_gpt2_ids_of_long_white_space(gpt2):
+    """Those of tiktoken, which has no stack for a million line ends."""
+    tok = gpt2()
+    for space, end in itertools.product([" ", "\n", "\t \u3000\n"], ["", "x", " x", "\x1c", "'s"]):
+        long = f"a b\n{space * 12_000} c{space * 15_000}{end}"
+        assert tok.encode(long) == tok.bpe.encode_ordinary(long)
+    long += "\n" * 1_000_000
+    assert tok.decode(tok.encode(long)) == long
+
+
+def test_a_bpe_of_unbroken_text_takes_no_time():
+    """Before: minutes; words are cut where the trainer sees them, and nowhere else."""
+    begin = time.process_time()
+    dna = "".join(random.Random(0).choices("ACGT", k=200_000))
+    tok = P.train_bpe([dna, "a" * 1_000_000, " " * 1_000_000], 400)
+    assert len(tok.encode(dna)) < 70_000 and tok.decode(tok.encode(dna)) == dna
+    assert time.process_time() - begin < 6      # measured: 0.6 s
 
 
 def test_hub_tokenizer_from_a_local_file(tmp_path, stories, cache):
@@ -627,6 +649,19 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_finished(how, tmp_
     folder = P.prepare(tmp_path / "text", "byte", cache=cache, quiet=True)
     assert len(sum((texts(folder, s) for s in P.SPLITS), [])) == 3000
     assert leftovers(cache) == [folder.name]
+
+
+def test_ctrl_c_is_heard_while_compiled_code_works(tmp_path, cache):
+    """Training a BPE, which takes half a minute here."""
+    words = random.Random(0).randbytes(1_500_000).hex().replace("a", " ")
+    (tmp_path / "words.txt").write_text(words)
+    process = start(tmp_path / "words.txt", "--vocab-size", "200000", "--cache", cache)
+    assert process.stderr.readline() == "training a BPE of 200000 ids\n"
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    begin = time.time()
+    assert process.communicate(timeout=60)[1] == "interrupted\n" and process.returncode == 130
+    assert time.time() - begin < 4 and not leftovers(cache)     # measured: 1.3 s
 
 
 def test_damaged_folders_are_noticed(stories, cache):
