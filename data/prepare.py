@@ -64,6 +64,7 @@ from data.files import UserError, run_main
 
 FORMAT = 2                          # part of a folder's name: raise it when the files change
 SPLITS = "train", "val", "test"
+DTYPES = {"uint16": np.dtype("uint16"), "uint32": np.dtype("uint32")}
 VAL = {"validation": "val", "valid": "val", "dev": "val"}   # other names of a split
 END = "<|endoftext|>"
 CHECKED = 1 << 30                   # bytes: larger files are not read whole at every start
@@ -80,6 +81,9 @@ HUB = {  # name: repository, configuration, streamed
     "openwebtext": ("Skylion007/openwebtext", None, True),
     "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT", True)}
 FINEWEB_DOCS = 100_000              # about 70M GPT-2 tokens, of the 15M documents of the sample
+PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]     # bytes as ByteLevel spells
+BYTES = {chr(b): b for b in PRINTED} | {                            # them: as itself, or from 256
+    chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in PRINTED)}
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
@@ -155,6 +159,9 @@ class Tokenizer:
             self.bpe.encode_special_tokens = True   # "[SEP]" in a text must not end its document
             self.bpe.no_truncation()
             self.bpe.no_padding()
+        elif self.kind != "byte":
+            raise UserError(f"unknown kind of tokenizer {self.kind!r}: it is byte, char, gpt2 or "
+                            "hf; prepare the data again")
 
     def encode(self, text):
         """The ids of a text, never a special one, whatever the text spells."""
@@ -188,13 +195,29 @@ class Tokenizer:
     def decode(self, ids):
         """The text of ids (list, array or tensor). It leaves out specials and ids past the
         vocabulary; bytes that are not UTF-8 become U+FFFD."""
-        silent = self.eos, self.bos, self.pad
-        ids = [i for i in map(int, ids) if i < self.vocab_size and i not in silent]
+        if self.kind == "hf":
+            return self.bpe.decode(self._said(ids))
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def decode_bytes(self, ids):
+        """As decode, before bytes become characters: of parts that cut a character it is exact."""
+        ids = self._said(ids)
         if self.kind == "byte":
-            return bytes(ids).decode(errors="replace")
+            return bytes(ids)
         if self.kind == "char":
-            return "".join(self.spec["characters"][i] for i in ids)
-        return self.bpe.decode(ids, **({"errors": "replace"} if self.kind == "gpt2" else {}))
+            return "".join(self.spec["characters"][i] for i in ids).encode()
+        if self.kind == "gpt2":
+            return self.bpe.decode_bytes(ids)
+        if "ByteLevel" not in json.dumps(self.spec["tokenizer"]["decoder"]):
+            return self.bpe.decode(ids).replace("\ufffd", "?").encode()   # one for a lone byte
+        added = self.bpe.get_added_tokens_decoder()
+        return b"".join(
+            bytes(BYTES[c] for c in self.bpe.id_to_token(i) or "") if i not in added
+            else b"" if added[i].special else added[i].content.encode() for i in ids)
+
+    def _said(self, ids):
+        silent = self.eos, self.bos, self.pad
+        return [i for i in map(int, ids) if i < self.vocab_size and i not in silent]
 
     def encode_infill(self, text, mask):
         """The ids of a text in which `___` wants one token, `___5` five and, at the end, `___` as
@@ -919,14 +942,14 @@ def verify(folder):
     def facts(file):
         meta = parse(file)
         for n in (meta["splits"][split] for split in SPLITS):
-            n["documents"] + n["tokens"] + np.dtype(meta["dtype"]).itemsize, n["sha256"]
+            n["documents"] + n["tokens"] + DTYPES[meta["dtype"]].itemsize, n["sha256"]
             n["unigram_entropy"] + 0.0
         return meta
     meta = check("meta.json", facts)
     check("tokenizer.json", lambda file: fingerprint(parse(file)), meta.get("fingerprint", ""))
     for split in SPLITS:
         n = meta["splits"][split]
-        size = n["tokens"] * np.dtype(meta["dtype"]).itemsize
+        size = n["tokens"] * DTYPES[meta["dtype"]].itemsize
         check(f"{split}.bin", lambda file: file.stat().st_size, size)
         check(f"{split}.idx.npy", ends, [n["documents"] + 1, n["tokens"]])
         if "entropy_se" in n:
@@ -941,7 +964,7 @@ def open_split(folder, split):
     """Of train, val or test: the tokens (memmap), the offsets of its n documents (n + 1,), and
     their exact log p in nats (n,), which only val and test of tales have, else None."""
     path = Path(folder) / split
-    dtype = json.loads((Path(folder) / "meta.json").read_text())["dtype"]
+    dtype = DTYPES[json.loads((Path(folder) / "meta.json").read_text())["dtype"]]
     logp = Path(f"{path}.logp.npy")
     return (np.memmap(f"{path}.bin", dtype, mode="r"), np.load(f"{path}.idx.npy"),
             np.load(logp) if logp.exists() else None)

@@ -18,10 +18,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import prepare as P
+from data import prepare as P, units
 from data.prepare import UserError
 
 SHARED = Path(os.environ.get("TEXT_DIFFUSION_DATA") or ROOT.parent / "shared" / "data")
@@ -128,6 +129,8 @@ def round_trip(tok):
         ids = tok.encode(text)
         assert all(0 <= i < tok.vocab_size for i in ids) and not {tok.eos, tok.bos} & set(ids)
         assert tok.decode(ids) == text
+        parts = [tok.decode_bytes(ids[i:i + 3]) for i in range(0, len(ids), 3)]
+        assert b"".join(parts) == text.encode()     # also where a character is cut
         assert tok.decode([tok.bos, *ids, tok.eos, tok.pad, tok.pad]) == text
         assert tok.decode(np.array([*ids, tok.eos], np.uint16)) == text
     assert tok.encode_batch(UNICODE) == [tok.encode(text) for text in UNICODE]
@@ -528,6 +531,12 @@ def test_load_data(tokenizer, size, stories, cache, monkeypatch):
             P.load_data(config(data=str(stories[0]), tokenizer=tokenizer, **wrong), quiet=True)
 
 
+def test_bits_per_byte_of_rows_that_cut_characters():
+    x0 = torch.tensor([*("日本語" * 40).encode()]).view(9, 40)
+    row = units.likelihood(torch.ones(9), x0, None, P.get_tokenizer("byte"), config(), "exact")
+    assert row["bits_per_byte"] == pytest.approx(9 / math.log(2) / 360)
+
+
 @pytest.mark.parametrize("split, tokens, said", [
     ("train", 30, "the training split has 30 tokens, not more than"),
     ("train", 29, "the training split has 29 tokens, fewer than --seq-len 30: use a smaller"),
@@ -687,6 +696,18 @@ def test_damaged_folders_are_noticed(stories, cache):
         damaged(name, Path.unlink)
     damaged("tokenizer.json", lambda path: shutil.copy(P.TALES_BPE, path))
     damaged("train.idx.npy", lambda path: np.save(path, np.arange(5)))
+    for old, new in ('"uint16"', '"O"'), ('"uint16"', '"int64"'), ('"byte"', "[" * 9999):
+        damaged("meta.json", lambda path: path.write_text(path.read_text().replace(old, new)))
+
+
+@pytest.mark.parametrize("spec, said", [
+    (dict(kind="spm"), "unknown kind of tokenizer 'spm': it is byte"), ({}, "missing or broken"),
+    ([[]], "missing or broken"), ("[" * 9999, "missing or broken")])
+def test_a_wrong_tokenizer_file_is_one_sentence(spec, said, tmp_path):
+    spec = {**P.get_tokenizer("byte").spec, **spec} if spec and isinstance(spec, dict) else spec
+    (tmp_path / "tokenizer.json").write_text(spec if spec == "[" * 9999 else json.dumps(spec))
+    with pytest.raises(UserError, match=said):
+        P.load_tokenizer(tmp_path)
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path):
