@@ -50,12 +50,8 @@ from pathlib import Path
 from typing import Callable
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:                 # Windows: no waiting, the slower of two builders fails
-    fcntl = None
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -758,21 +754,21 @@ def _sync(path):
 def _lock(folder, waiting=None):
     """Hold the lock of a folder that is being made; yields False if another process holds it,
     or, given `waiting`, calls that and waits."""
-    if fcntl is None:
-        yield True
-        return
     locks = folder.parent / ".locks"
     locks.mkdir(exist_ok=True)
-    with open(locks / folder.name, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not waiting:
-                yield False
-                return
-            waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
+    lock = FileLock(locks / (folder.name + ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not waiting:
+            yield False
+            return
+        waiting()
+        lock.acquire()
+    try:
         yield True
+    finally:
+        lock.release()
 
 
 def _build(folder, source, tokenizer, vocab_size, quiet, say):

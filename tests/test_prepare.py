@@ -613,11 +613,14 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(tmp_path, cache, capsys,
         assert not leftovers(cache), (args, leftovers(cache))
 
 
-def test_the_command_line_as_a_user_runs_it(stories, cache):
+@pytest.mark.parametrize("fcntl", ["", "raise ImportError"])    # is missing on Windows
+def test_the_command_line_as_a_user_runs_it(fcntl, stories, cache, tmp_path):
     """Two processes at once make one dataset; a hub name without a network fails at once."""
-    both = [start(stories[0], "--vocab-size", "300", "--cache", cache) for _ in range(2)]
+    (tmp_path / "fcntl.py").write_text(fcntl)
+    env = dict(PYTHONPATH=str(tmp_path), PYTHONWARNINGS="ignore") if fcntl else {}
+    both = [start(stories[0], "--vocab-size", "300", "--cache", cache, **env) for _ in range(2)]
     hub = start("tinystories", "--cache", cache, HF_ENDPOINT="http://127.0.0.1:9",
-                HF_HUB_OFFLINE="", HF_HOME=str(cache / ".hf"))
+                HF_HUB_OFFLINE="", HF_HOME=str(cache / ".hf"), **env)
     outs = [p.communicate(timeout=600) for p in both]
     assert [p.returncode for p in both] == [0, 0], outs
     assert outs[0][0] == outs[1][0] and "first: Story" in outs[0][0]
@@ -671,6 +674,22 @@ def test_ctrl_c_is_heard_while_compiled_code_works(tmp_path, cache):
     begin = time.time()
     assert process.communicate(timeout=60)[1] == "interrupted\n" and process.returncode == 130
     assert time.time() - begin < 4 and not leftovers(cache)     # measured: 1.3 s
+
+
+def test_killed_at_any_moment_the_next_start_makes_it_whole(stories, cache):
+    """Also while others wait for it."""
+    args = stories[0], "bpe", 300
+    good = P.prepare(*args, cache=cache / "good", quiet=True)
+    for moment in range(6):
+        two = [start(args[0], "--vocab-size", "300", "--cache", cache / "bad") for _ in range(2)]
+        time.sleep(0.3 + random.Random(moment).random() / 2)
+        two[0].kill()
+        assert two[1].communicate(timeout=60)[0] and two[0].communicate()
+        folder = P.prepare(*args, cache=cache / "bad", quiet=True)
+        assert leftovers(cache / "bad") == [good.name]
+        for file in good.iterdir():
+            assert file.read_bytes() == (folder / file.name).read_bytes()
+        shutil.rmtree(folder)
 
 
 def test_damaged_folders_are_noticed(stories, cache):
