@@ -15,7 +15,7 @@ documents  .jsonl and .parquet: the field `text`, or the only string field. wiki
            failing that line end, or space, between the characters 2000 and 8000.
            --split lines: every line of a .txt that is not blank is a document, as it stands.
 split      by sha256 of the document: val 2 %, test 2 %, train 96 %, so equal documents stay
-           together. Below 1000 documents the smallest hashes make val and test, at least one
+           together. Below 1000 different ones the smallest hashes make val and test, at least one
            each. A hub dataset that has train and validation or test (as splits, or as the names of
            all its files) keeps them; a missing one is half of the other, by hash. tales: one seed
            each.
@@ -788,8 +788,9 @@ def _build(folder, source, tokenizer, vocab_size, quiet, say):
             bar.update(size if source.unit == "B" else 1)
     bar.close()
     splits = {split: writer.close() for split, writer in writers.items()}
-    if not all(stats["documents"] for stats in splits.values()):
-        raise UserError(f"{source.name} leaves train, val or test empty: it needs more documents")
+    if empty := [split for split in SPLITS if not splits[split]["documents"]]:
+        raise UserError(f"{source.name} has no document for {' and '.join(empty)}: give more, or "
+                        "the files of train alone, which are split by hash")
     meta = {"format": FORMAT, "source": source.name, "key": source.key, "splits": splits,
             "split_rule": source.rule,
             "tokenizer": tok.name, "fingerprint": tok.fingerprint, "vocab_size": tok.vocab_size,
@@ -887,19 +888,22 @@ def _batches(docs):
 
 def _cuts(source):
     """Two hashes: a document below the first is in val, else below the second in test."""
-    docs = (doc for doc in source.read() if doc[1])
-    first = list(islice(docs, 1))
-    if not first:
+    hashes = set()
+    for split, text, _ in source.read():
+        if text and split:
+            return None     # it has splits of its own
+        if text:
+            hashes.add(_hash(text))
+        if len(hashes) == 1000:
+            return 2 ** 64 // 50, 2 ** 64 // 25
+    if not hashes:
         raise UserError(f"{source.name} is empty: give a source that has text")
-    if first[0][0]:
-        return None     # it has splits of its own
-    first += islice(docs, 999)
-    hashes = sorted({_hash(text) for _, text, _ in first})
     if len(hashes) < 3:
         raise UserError(f"{source.name} has {len(hashes)} different document(s), and train, val "
-                        f"and test need one each: give more text, or divide it by {END}")
-    n = max(1, len(hashes) // 50)
-    return (hashes[n], hashes[2 * n]) if len(first) < 1000 else (2 ** 64 // 50, 2 ** 64 // 25)
+                        f"and test need one each: give more text, or divide it by {END}, or a .txt "
+                        "by --split lines")
+    n, hashes = max(1, len(hashes) // 50), sorted(hashes)
+    return hashes[n], hashes[2 * n]
 
 
 def _split(text, cut):
@@ -997,7 +1001,7 @@ def load_data(cfg, quiet=False):
         if cfg.rows == "stream" and n < cfg.seq_len + (split == "train"):
             raise UserError(f"the {name} split has {n} tokens, "
                             f"{'fewer' if n < cfg.seq_len else 'not more'} than --seq-len "
-                            f"{cfg.seq_len}: use a smaller --seq-len or more text")
+                            f"{cfg.seq_len}: use a smaller --seq-len, more text or --rows docs")
     return data
 
 

@@ -397,6 +397,9 @@ def test_a_dataset_with_validation_keeps_its_splits(tmp_path, cache):
     (hub / "validation-00000-of-00001.parquet").rename(hub / "test-00000-of-00001.parquet")
     folder = P.prepare(hub.parent, "byte", cache=cache, quiet=True)     # halved the other way
     assert sorted(texts(folder, "val") + texts(folder, "test")) == sorted(docs[200:])
+    write("test", docs[:1])
+    with pytest.raises(UserError, match="has no document for (val|test): give more, or the files"):
+        P.prepare(hub.parent, "byte", cache=cache, quiet=True)
     write("validation", docs[200:])
     write("test", ["t"] * 5)
     folder = P.prepare(hub.parent, "byte", cache=cache, quiet=True)
@@ -529,6 +532,25 @@ def test_load_data(tokenizer, size, stories, cache, monkeypatch):
                         (dict(split="words"), "unknown --split 'words'")):
         with pytest.raises(UserError, match=said):
             P.load_data(config(data=str(stories[0]), tokenizer=tokenizer, **wrong), quiet=True)
+
+
+@pytest.mark.parametrize("docs, said", [
+    ([f"text {i}" for i in range(5)] * 300, None), (["same"] * 2000 + list("abcdef") * 9, None),
+    (["one", "two", "three"], None), (list("abcdefgh"), None), (["\n"] * 3 + list("ab"), None),
+    (["only one document"], "1 different document.*or a .txt by --split lines"),
+    (["same"] * 1500, "1 different document.*: give more text"), ([""] * 4, "is empty: give a")])
+@pytest.mark.parametrize("tokenizer", ["bpe", "byte", "char"])
+def test_few_or_short_documents(docs, said, tokenizer, tmp_path, cache, monkeypatch):
+    """They are trained on in rows of documents; rows of a stream may be too long for them."""
+    monkeypatch.setenv("TEXT_DIFFUSION_CACHE", str(cache))
+    path = tmp_path / "few.jsonl"
+    path.write_text("".join(json.dumps({"text": doc}) + "\n" for doc in docs))
+    with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
+        P.load_data(config(data=str(path), tokenizer=tokenizer, rows="docs"), True)
+        [folder] = cache.glob("few*")
+        assert sorted(sum((texts(folder, split) for split in P.SPLITS), [])) == sorted(docs)
+        with pytest.raises(UserError, match="smaller --seq-len, more text or --rows docs"):
+            P.load_data(config(data=str(path), tokenizer=tokenizer, seq_len=6000), True)
 
 
 def test_bits_per_byte_of_rows_that_cut_characters():
