@@ -5,18 +5,20 @@
 
 NAME       tales (written here by data/tales.py), or from the Hugging Face hub tinystories,
            wikitext2, openwebtext, fineweb
-PATH       a .txt, .jsonl or .parquet file, a folder of them (recursive; of one kind, the first
-           found of parquet, jsonl, txt), a folder written by `datasets.save_to_disk`, or a copy
-           of a hub repository (data/train-00000-of-00002.parquet ...)
+PATH       a .txt, .jsonl (both also .gz) or .parquet file, a folder of them (recursive, through
+           links, without hidden files; all of one kind), a folder written by
+           `datasets.save_to_disk`, or a copy of a hub repository
+           (data/train-00000-of-00002.parquet ...)
 documents  .jsonl and .parquet: the field `text`, or the only string field. wikitext2: an article.
            .txt: what stands between two <|endoftext|>; in a folder, a small file. Running text (a
            file without marks, or more than 1 MB between two) is cut at the first blank line, or
            failing that line end, or space, between the characters 2000 and 8000.
            --split lines: every line of a .txt that is not blank is a document, as it stands.
 split      by sha256 of the document: val 2 %, test 2 %, train 96 %, so equal documents stay
-           together. Below 1000 documents the smallest hashes make val and test, at least one
-           each. A hub dataset that has a validation split keeps its own splits; a missing test is
-           half of validation, by hash. tales: one seed each.
+           together. Below 1000 different ones the smallest hashes make val and test, at least one
+           each. A hub dataset that has train and validation or test (as splits, or as the names of
+           all its files) keeps them; a missing one is half of the other, by hash. tales: one seed
+           each.
 tokenizer  bpe (byte-level, trained on train; 2048 ids), gpt2 (50257 ids; with --vocab-size N the
            first N - 1 ids of the same table, and EOS), byte, char (an id for each character of
            the text, all splits), hf:NAME or hf:PATH
@@ -28,7 +30,9 @@ folder     {train,val,test}.bin: the documents, each followed by EOS, as uint16 
 import argparse
 import base64
 import contextlib
+import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -37,19 +41,17 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 from array import array
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:                 # Windows: no waiting, the slower of two builders fails
-    fcntl = None
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -58,10 +60,14 @@ from data.files import UserError, run_main
 
 FORMAT = 2                          # part of a folder's name: raise it when the files change
 SPLITS = "train", "val", "test"
+DTYPES = {"uint16": np.dtype("uint16"), "uint32": np.dtype("uint32")}
+VAL = {"validation": "val", "valid": "val", "dev": "val"}   # other names of a split
 END = "<|endoftext|>"
 CHECKED = 1 << 30                   # bytes: larger files are not read whole at every start
 WHOLE, SHORT, LONG = 1 << 20, 2000, 8000    # characters: see `documents` above
 SAMPLE = 64 << 20                   # characters of train that a BPE is trained on
+LONG_WORD = re.compile(r"(\S{256}|\s{256})")     # training a BPE is quadratic in the longest word
+LONG_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{9999,}")
 TALES = {"train": 100_000, "val": 2000, "test": 2000}
 SEEDS = {"train": 1, "val": 2, "test": 3, "tokenizer": 4}
 TALES_BPE = Path(__file__).with_name("tales_bpe.json")
@@ -71,6 +77,9 @@ HUB = {  # name: repository, configuration, streamed
     "openwebtext": ("Skylion007/openwebtext", None, True),
     "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT", True)}
 FINEWEB_DOCS = 100_000              # about 70M GPT-2 tokens, of the 15M documents of the sample
+PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]     # bytes as ByteLevel spells
+BYTES = {chr(b): b for b in PRINTED} | {                            # them: as itself, or from 256
+    chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in PRINTED)}
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
@@ -84,6 +93,27 @@ def hint(what, advice):
     except Exception as e:
         why = textwrap.shorten(str(e), 160) or type(e).__name__
         raise UserError(f"{what} ({why}): {advice}") from None
+
+
+def _run(work):
+    """work(stopped) in a thread: the main one hears Ctrl-C while compiled code works, and then
+    sets the event `stopped`."""
+    done, stopped = Future(), threading.Event()
+
+    def run():
+        try:
+            done.set_result(work(stopped))
+        except BaseException as error:
+            done.set_exception(error)
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        while not done.done():
+            wait([done], 0.2)
+    except BaseException:
+        stopped.set()
+        wait([done], 1)     # Python should not end while the thread comes back to it
+        raise
+    return done.result()
 
 
 def sha(data):
@@ -125,6 +155,9 @@ class Tokenizer:
             self.bpe.encode_special_tokens = True   # "[SEP]" in a text must not end its document
             self.bpe.no_truncation()
             self.bpe.no_padding()
+        elif self.kind != "byte":
+            raise UserError(f"unknown kind of tokenizer {self.kind!r}: it is byte, char, gpt2 or "
+                            "hf; prepare the data again")
 
     def encode(self, text):
         """The ids of a text, never a special one, whatever the text spells."""
@@ -139,19 +172,48 @@ class Tokenizer:
                                 f"{str(unknown)[1:-1]}: leave these out of the prompt")
             return [[self.ids[char] for char in text] for text in texts]
         if self.kind == "gpt2":
-            return self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+            if sum(map(len, texts)) > 1 << 21:      # Python ends no sooner than such threads
+                return [*map(self._gpt2_ids, texts)]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return [*pool.map(self._gpt2_ids, texts)]
         return [e.ids for e in self.bpe.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _gpt2_ids(self, text):
+        """A long white space, on which tiktoken's pattern fills the stack, is one piece, less a
+        last character before text, as the pattern has it."""
+        ids, at = [], 0
+        for space in LONG_SPACE.finditer(text):
+            ids += self.bpe.encode_ordinary(text[at:space.start()])
+            at = space.end() - (space.end() < len(text))
+            ids += self.bpe._encode_single_piece(text[space.start():at])
+        return ids + self.bpe.encode_ordinary(text[at:])
 
     def decode(self, ids):
         """The text of ids (list, array or tensor). It leaves out specials and ids past the
         vocabulary; bytes that are not UTF-8 become U+FFFD."""
-        silent = self.eos, self.bos, self.pad
-        ids = [i for i in map(int, ids) if i < self.vocab_size and i not in silent]
+        if self.kind == "hf":
+            return self.bpe.decode(self._said(ids))
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def decode_bytes(self, ids):
+        """As decode, before bytes become characters: of parts that cut a character it is exact."""
+        ids = self._said(ids)
         if self.kind == "byte":
-            return bytes(ids).decode(errors="replace")
+            return bytes(ids)
         if self.kind == "char":
-            return "".join(self.spec["characters"][i] for i in ids)
-        return self.bpe.decode(ids, **({"errors": "replace"} if self.kind == "gpt2" else {}))
+            return "".join(self.spec["characters"][i] for i in ids).encode()
+        if self.kind == "gpt2":
+            return self.bpe.decode_bytes(ids)
+        if "ByteLevel" not in json.dumps(self.spec["tokenizer"]["decoder"]):
+            return self.bpe.decode(ids).replace("\ufffd", "?").encode()   # one for a lone byte
+        added = self.bpe.get_added_tokens_decoder()
+        return b"".join(
+            bytes(BYTES[c] for c in self.bpe.id_to_token(i) or "") if i not in added
+            else b"" if added[i].special else added[i].content.encode() for i in ids)
+
+    def _said(self, ids):
+        silent = self.eos, self.bos, self.pad
+        return [i for i in map(int, ids) if i < self.vocab_size and i not in silent]
 
     def encode_infill(self, text, mask):
         """The ids of a text in which `___` wants one token, `___5` five and, at the end, `___` as
@@ -213,9 +275,16 @@ def train_bpe(texts, vocab_size=2048):
     bpe = Fast(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+    trainer = trainers.BpeTrainer(
         vocab_size=natural_vocab("bpe", vocab_size) - 1, min_frequency=2, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+
+    def pieces(stopped):
+        for text in texts:
+            if stopped.is_set():
+                raise InterruptedError
+            yield [piece for piece in LONG_WORD.split(text) if piece]
+    _run(lambda stopped: bpe.train_from_iterator(pieces(stopped), trainer))
     return _own("hf", bpe.get_vocab_size() + 1, "bpe", tokenizer=json.loads(bpe.to_str()))
 
 
@@ -268,7 +337,7 @@ def _hf(spec):
         if not file:
             _online()
         from tokenizers import Tokenizer as Fast
-        tok = Fast.from_file(str(file)) if file else Fast.from_pretrained(name)
+        tok = Fast.from_file(str(file)) if file else _run(lambda _: Fast.from_pretrained(name))
     vocab = tok.get_vocab(with_added_tokens=True)
     n = max(vocab.values()) + 1
 
@@ -285,7 +354,7 @@ def _hf(spec):
 
 def _hf_file(spec):
     """The local file of a tokenizer hf:PATH, else None."""
-    path = Path(spec.removeprefix("hf:")).expanduser()
+    path = Path(os.path.expanduser(spec.removeprefix("hf:")))
     if spec.startswith("hf:") and path.exists():
         return path / "tokenizer.json" if path.is_dir() else path
 
@@ -300,6 +369,7 @@ class Source:
     read: Callable      # () -> iterator of (split, or None for "by hash"; text; log p or None)
     total: int = None   # for the progress bar: documents or bytes, if known
     unit: str = "doc"
+    note: str = None    # what to tell the user
 
 
 def find_source(name, max_docs=0, split="auto"):
@@ -317,7 +387,7 @@ def find_source(name, max_docs=0, split="auto"):
         return _tales(max_docs)
     if name in HUB:
         return _hub(name, max_docs)
-    path = Path(name).expanduser().resolve()
+    path = Path(os.path.expanduser(name)).resolve()
     if not name or not path.exists():
         raise UserError(f"{name!r} is neither a file or folder nor one of the names tales, "
                         f"{', '.join(HUB)}: check it")
@@ -370,47 +440,116 @@ def _tell(n, seed, score, chunk=100):
             teller.communicate()
 
 
+def _walk(folder, seen):
+    """The files below a folder in the order of their names, through links, each folder once;
+    without hidden files and those of the system."""
+    seen.add(folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.name[0] == "." or path.name in ("__MACOSX", "Thumbs.db", "desktop.ini"):
+            continue
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in seen:
+            yield from _walk(path, seen)
+
+
+def _kind(path):
+    """txt, jsonl, parquet or arrow; None for what is no text."""
+    end = re.search(r"\.(txt|jsonl)(\.gz)?$|\.(parquet|arrow)$|\.(gz|zst|bz2|xz|zip|lz4)$",
+                    path.name.lower())
+    if end and end[4]:
+        raise UserError(f"{path} is packed in a way that is not read here: unpack it, or pack .txt "
+                        "or .jsonl with gzip")
+    return end and (end[1] or end[3])
+
+
 def _local(name, path, max_docs, split):
-    saved = any((path / f).exists() for f in ("dataset_dict.json", "state.json"))
-    found = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    kinds = [".arrow"] if saved else [".parquet", ".jsonl", ".txt"]
-    kind = next((k for k in kinds if any(f.suffix.lower() == k for f in found)), None)
-    if not kind:
+    parts = _saved(name, path)
+    found = [path] if path.is_file() else list(_walk(path, set())) if path.is_dir() else []
+    kinds = {}
+    for file in chain.from_iterable(parts.values()) if parts else found:
+        kinds.setdefault(_kind(file), []).append(file)
+    left = [] if parts else kinds.pop(None, []) + kinds.pop("arrow", [])
+    if not kinds:
         raise UserError(f"{name} is no text: give a .txt, .jsonl or .parquet file, or a folder of "
                         "such files")
-    if split == "lines" and kind != ".txt":
-        raise UserError(f"--split lines is for .txt files, and {name} holds {kind} files: leave it "
-                        "out")
-    files = [f for f in found if f.suffix.lower() == kind]
+    if len(kinds) > 1:
+        raise UserError(f"{name} holds " + " and ".join(
+            f"{len(files)} .{kind} ({files[0].relative_to(path)}{' ...' * (len(files) > 1)})"
+            for kind, files in kinds.items()) + ": give one of these files, or a folder of one "
+            "kind")
+    [(kind, files)] = kinds.items()
+    if split == "lines" and kind != "txt":
+        raise UserError(f"--split lines is for .txt files, and {name} holds .{kind} files: leave "
+                        "it out")
+    if broken := [f for f in files if not f.is_file()]:
+        raise UserError(f"{broken[0]} is no file or a link to nothing: repair or remove it")
     stats = [f.stat() for f in files]
     key = [[(str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, stats)], max_docs]
     key += [split] if split == "lines" else []
-
-    def load():
-        import datasets
-        if saved:
-            return datasets.load_from_disk(str(path))
-        if path.is_file():
-            return datasets.load_dataset("parquet", data_files=str(path), streaming=True)
-        return datasets.load_dataset(str(path), streaming=True)
+    note = left and (f"left out of {name}, as neither .txt, .jsonl nor .parquet: {left[0].name}"
+                     + (f" and {len(left) - 1} more" if len(left) > 1 else ""))
 
     def read():
-        texts = (_jsonl(f) if kind == ".jsonl" else _lines(f) if split == "lines"
+        texts = (_jsonl(f) if kind == "jsonl" else _lines(f) if split == "lines"
                  else _txt(f, len(files) == 1) for f in files)
         return ((None, text, None) for text in islice(chain.from_iterable(texts), max_docs or None))
-    if kind in (".arrow", ".parquet"):
-        return Source(name, key, "rows; the dataset's splits if it has validation, else by hash",
-                      lambda: _rows(load, max_docs, name, "check its files"), max_docs or None)
-    rule = "lines" if kind == ".jsonl" or split == "lines" else (
+    if kind in ("arrow", "parquet"):
+        if not parts:   # the names of a hub repository: train-00000-of-00002.parquet
+            names = [re.fullmatch(r"([a-z]+)(-\d{5}-of-\d{5}.*)?", f.stem) for f in files]
+            for file, found in zip(files, names):
+                parts.setdefault(found[1] if found else "", []).append(file)
+            parts = parts if parts.keys() <= {*SPLITS, *VAL} else {"": files}
+        return Source(name, [*key, "own"], "rows; the dataset's splits if it has train and "
+                      "validation or test, else by hash", lambda: _rows(
+                          lambda: {k: chain.from_iterable(map(_table, v)) for k, v in
+                                   parts.items()}, max_docs, name, "check its files"),
+                      max_docs or None, note=note)
+    rule = "lines" if kind == "jsonl" or split == "lines" else (
         f"between {END}, or small files of a folder, or else running text cut after {SHORT} "
         "characters")
-    total, unit = (max_docs, "doc") if max_docs else (sum(s.st_size for s in stats), "B")
-    return Source(name, key, rule + "; split by hash", read, total, unit)
+    packed = any(f.suffix.lower() == ".gz" for f in files)
+    total, unit = (max_docs or None, "doc") if max_docs or packed else (
+        sum(s.st_size for s in stats), "B")
+    return Source(name, key, rule + "; split by hash", read, total, unit, note)
+
+
+def _saved(name, path):
+    """{split: its files} of a folder that `datasets.save_to_disk` wrote, else {}."""
+    with hint(f"cannot read {name}", "save the dataset again"):
+        if (path / "dataset_dict.json").exists():
+            names = json.loads((path / "dataset_dict.json").read_text())["splits"]
+            return {k: _saved(name, path / k)[""] for k in names}
+        if (path / "state.json").exists():
+            state = json.loads((path / "state.json").read_text())
+            return {"": [path / f["filename"] for f in state["_data_files"]]}
+        return {}
+
+
+def _table(path):
+    """The rows of a .parquet or .arrow file as dictionaries, `text` alone if it has that."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    with open(path, "rb") as file:
+        if path.suffix.lower() == ".parquet":
+            table = pq.ParquetFile(file)
+            columns = ["text"] if "text" in table.schema_arrow.names else None
+            batches = table.iter_batches(1000, columns=columns)
+        else:
+            batches = pa.ipc.open_stream(file)
+        for batch in batches:
+            names = ["text"] if "text" in batch.schema.names else batch.schema.names
+            yield from batch.select(names).to_pylist()
+
+
+def _open(path):
+    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
 
 
 def _utf8(path):
     """The text of a file in blocks, its line ends as \n. UserError at a byte of another code."""
-    with open(path, encoding="utf-8-sig") as file:
+    with hint(f"cannot read {path}", "check the file"), io.TextIOWrapper(
+            _open(path), encoding="utf-8-sig") as file:
         try:
             while block := file.read(1 << 20):
                 yield block
@@ -457,7 +596,7 @@ def _passages(text, more=False):
 
 
 def _jsonl(path):
-    with open(path, "rb") as file:
+    with hint(f"cannot read {path}", "check the file"), _open(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 with hint(f"line {number} of {path} is not JSON", "repair or remove it"):
@@ -476,21 +615,23 @@ def _text(row, where):
 
 
 def _rows(load, max_docs, where, advice, group=None):
-    """The documents of a dataset, or dictionary of splits, of the `datasets` library."""
+    """The documents of an iterable of dictionaries, or of a dictionary of such splits."""
     with hint(f"cannot read {where}", advice):
-        import datasets
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)   # the sentence of hint is enough
-        data, names = load(), {"validation": "val", "valid": "val", "dev": "val"}
-        data = {names.get(k, k): v for k, v in (data if isinstance(data, dict) else {"": data})
-                .items()}
-        own = "train" in data and "val" in data
-        for split in SPLITS if own else ["train"] if "train" in data else data:
+        found = load()
+        found = found if isinstance(found, dict) else {"": found}
+        data = {VAL.get(k, k): v for k, v in found.items()}
+        own = "train" in data and len(data.keys() & {*SPLITS}) > 1
+        if own and (data.keys() - {*SPLITS} or len(data) < len(found)):
+            raise UserError(f"{where} has the splits {', '.join(found)}: keep only train, "
+                            "validation and test of them")
+        for split in SPLITS if own else data:
             limit = max(20, max_docs // 10) if max_docs and own and split != "train" else max_docs
             rows = enumerate(data.get(split, ()))
             texts = (_text(row, f"row {i} of {split} of {where}") for i, row in rows)
             for text in islice(group(texts) if group else texts, limit or None):
-                halved = split == "val" and "test" not in data and _hash(text) % 2
-                yield ("test" if halved else split) if own else None, text, None
+                missing = {*SPLITS} - data.keys() if split != "train" else ()
+                halved = missing and _hash(text) % 2
+                yield (min(missing) if halved else split) if own else None, text, None
 
 
 def _hub(name, max_docs):
@@ -500,6 +641,7 @@ def _hub(name, max_docs):
     def load():
         stream = _online() and streaming    # offline: whatever HF_HOME holds
         import datasets
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)   # the sentence of hint is enough
         return datasets.load_dataset(repository, config, streaming=stream)
     advice = (f"run `python data/prepare.py {name}` on a machine with a network and copy its "
               f"data/cache or HF_HOME folder, or download {repository} from huggingface.co and "
@@ -612,24 +754,26 @@ def _sync(path):
 def _lock(folder, waiting=None):
     """Hold the lock of a folder that is being made; yields False if another process holds it,
     or, given `waiting`, calls that and waits."""
-    if fcntl is None:
-        yield True
-        return
     locks = folder.parent / ".locks"
     locks.mkdir(exist_ok=True)
-    with open(locks / folder.name, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not waiting:
-                yield False
-                return
-            waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
+    lock = FileLock(locks / (folder.name + ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not waiting:
+            yield False
+            return
+        waiting()
+        lock.acquire()
+    try:
         yield True
+    finally:
+        lock.release()
 
 
 def _build(folder, source, tokenizer, vocab_size, quiet, say):
+    if source.note:
+        say(source.note)
     cut = _cuts(source)
     tok = _tokenizer(source, tokenizer, vocab_size, cut, say)
     tok.save(folder)
@@ -637,14 +781,16 @@ def _build(folder, source, tokenizer, vocab_size, quiet, say):
     bar = tqdm(total=source.total, unit=source.unit, unit_scale=True, desc=source.name,
                disable=quiet or None)   # None: shown on a terminal only
     for batch in _batches(source.read()):
-        for (split, text, logp), ids in zip(batch, tok.encode_batch([d[1] for d in batch])):
+        rows = _run(lambda _: tok.encode_batch([text for _, text, _ in batch]))
+        for (split, text, logp), ids in zip(batch, rows):
             size = len(text.encode())
             writers[split or _split(text, cut)].add(ids, size, logp)
             bar.update(size if source.unit == "B" else 1)
     bar.close()
     splits = {split: writer.close() for split, writer in writers.items()}
-    if not all(stats["documents"] for stats in splits.values()):
-        raise UserError(f"{source.name} leaves train, val or test empty: it needs more documents")
+    if empty := [split for split in SPLITS if not splits[split]["documents"]]:
+        raise UserError(f"{source.name} has no document for {' and '.join(empty)}: give more, or "
+                        "the files of train alone, which are split by hash")
     meta = {"format": FORMAT, "source": source.name, "key": source.key, "splits": splits,
             "split_rule": source.rule,
             "tokenizer": tok.name, "fingerprint": tok.fingerprint, "vocab_size": tok.vocab_size,
@@ -742,19 +888,22 @@ def _batches(docs):
 
 def _cuts(source):
     """Two hashes: a document below the first is in val, else below the second in test."""
-    docs = (doc for doc in source.read() if doc[1])
-    first = list(islice(docs, 1))
-    if not first:
+    hashes = set()
+    for split, text, _ in source.read():
+        if text and split:
+            return None     # it has splits of its own
+        if text:
+            hashes.add(_hash(text))
+        if len(hashes) == 1000:
+            return 2 ** 64 // 50, 2 ** 64 // 25
+    if not hashes:
         raise UserError(f"{source.name} is empty: give a source that has text")
-    if first[0][0]:
-        return None     # it has splits of its own
-    first += islice(docs, 999)
-    hashes = sorted({_hash(text) for _, text, _ in first})
     if len(hashes) < 3:
         raise UserError(f"{source.name} has {len(hashes)} different document(s), and train, val "
-                        f"and test need one each: give more text, or divide it by {END}")
-    n = max(1, len(hashes) // 50)
-    return (hashes[n], hashes[2 * n]) if len(first) < 1000 else (2 ** 64 // 50, 2 ** 64 // 25)
+                        f"and test need one each: give more text, or divide it by {END}, or a .txt "
+                        "by --split lines")
+    n, hashes = max(1, len(hashes) // 50), sorted(hashes)
+    return hashes[n], hashes[2 * n]
 
 
 def _split(text, cut):
@@ -793,14 +942,14 @@ def verify(folder):
     def facts(file):
         meta = parse(file)
         for n in (meta["splits"][split] for split in SPLITS):
-            n["documents"] + n["tokens"] + np.dtype(meta["dtype"]).itemsize, n["sha256"]
+            n["documents"] + n["tokens"] + DTYPES[meta["dtype"]].itemsize, n["sha256"]
             n["unigram_entropy"] + 0.0
         return meta
     meta = check("meta.json", facts)
     check("tokenizer.json", lambda file: fingerprint(parse(file)), meta.get("fingerprint", ""))
     for split in SPLITS:
         n = meta["splits"][split]
-        size = n["tokens"] * np.dtype(meta["dtype"]).itemsize
+        size = n["tokens"] * DTYPES[meta["dtype"]].itemsize
         check(f"{split}.bin", lambda file: file.stat().st_size, size)
         check(f"{split}.idx.npy", ends, [n["documents"] + 1, n["tokens"]])
         if "entropy_se" in n:
@@ -815,7 +964,7 @@ def open_split(folder, split):
     """Of train, val or test: the tokens (memmap), the offsets of its n documents (n + 1,), and
     their exact log p in nats (n,), which only val and test of tales have, else None."""
     path = Path(folder) / split
-    dtype = json.loads((Path(folder) / "meta.json").read_text())["dtype"]
+    dtype = DTYPES[json.loads((Path(folder) / "meta.json").read_text())["dtype"]]
     logp = Path(f"{path}.logp.npy")
     return (np.memmap(f"{path}.bin", dtype, mode="r"), np.load(f"{path}.idx.npy"),
             np.load(logp) if logp.exists() else None)
@@ -852,7 +1001,7 @@ def load_data(cfg, quiet=False):
         if cfg.rows == "stream" and n < cfg.seq_len + (split == "train"):
             raise UserError(f"the {name} split has {n} tokens, "
                             f"{'fewer' if n < cfg.seq_len else 'not more'} than --seq-len "
-                            f"{cfg.seq_len}: use a smaller --seq-len or more text")
+                            f"{cfg.seq_len}: use a smaller --seq-len, more text or --rows docs")
     return data
 
 

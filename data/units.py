@@ -19,7 +19,7 @@ def likelihood(nats, x0, true_nll, tokenizer, cfg, bound):
     what the nats are: "exact", or "upper" for an upper bound. se: standard errors."""
     tokens = tokens_of(x0, cfg)
     count = sum(min(len(ids) + (cfg.rows == "docs"), x0.shape[1]) for ids in tokens)  # EOS, too
-    size = sum(len(tokenizer.decode(ids).encode()) for ids in tokens)
+    size = sum(len(tokenizer.decode_bytes(ids)) for ids in tokens)
     row = dict(bound=bound, rows=len(x0), nats_per_token=nats.sum().item() / count,
                nats_per_token_se=se(nats) * len(x0) / count,
                bits_per_byte=nats.sum().item() / math.log(2) / max(1, size))

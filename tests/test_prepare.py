@@ -1,6 +1,8 @@
 """data/prepare.py: tokenizers, documents, splits, files, and every way it can go wrong."""
 import contextlib
+import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -16,10 +18,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import prepare as P
+from data import prepare as P, units
 from data.prepare import UserError
 
 SHARED = Path(os.environ.get("TEXT_DIFFUSION_DATA") or ROOT.parent / "shared" / "data")
@@ -82,7 +85,8 @@ def command(capsys, *args):
 def start(*args, **env):
     return subprocess.Popen([sys.executable, SCRIPT, *map(str, args)], text=True, cwd="/",
                             env={**os.environ, **env}, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
+                            stderr=subprocess.PIPE,     # SIGINT may be ignored where tests run
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 # ---- tokenizers --------------------------------------------------------------------------------
@@ -125,6 +129,8 @@ def round_trip(tok):
         ids = tok.encode(text)
         assert all(0 <= i < tok.vocab_size for i in ids) and not {tok.eos, tok.bos} & set(ids)
         assert tok.decode(ids) == text
+        parts = [tok.decode_bytes(ids[i:i + 3]) for i in range(0, len(ids), 3)]
+        assert b"".join(parts) == text.encode()     # also where a character is cut
         assert tok.decode([tok.bos, *ids, tok.eos, tok.pad, tok.pad]) == text
         assert tok.decode(np.array([*ids, tok.eos], np.uint16)) == text
     assert tok.encode_batch(UNICODE) == [tok.encode(text) for text in UNICODE]
@@ -196,6 +202,26 @@ def test_gpt2_truncated_is_a_prefix_of_gpt2(gpt2):
     assert all(same + longer) and len(same) > 100 and len(longer) > 100
     round_trip(small)
     assert gpt2(257).vocab_size == 257 and small.fingerprint != gpt2(1001).fingerprint
+
+
+@needs_shared
+def test_gpt2_ids_of_long_white_space(gpt2):
+    """Those of tiktoken, which has no stack for a million line ends."""
+    tok = gpt2()
+    for space, end in itertools.product([" ", "\n", "\t \u3000\n"], ["", "x", " x", "\x1c", "'s"]):
+        long = f"a b\n{space * 12_000} c{space * 15_000}{end}"
+        assert tok.encode(long) == tok.bpe.encode_ordinary(long)
+    long += "\n" * 1_000_000
+    assert tok.decode(tok.encode(long)) == long
+
+
+def test_a_bpe_of_unbroken_text_takes_no_time():
+    """Before: minutes; words are cut where the trainer sees them, and nowhere else."""
+    begin = time.process_time()
+    dna = "".join(random.Random(0).choices("ACGT", k=200_000))
+    tok = P.train_bpe([dna, "a" * 1_000_000, " " * 1_000_000], 400)
+    assert len(tok.encode(dna)) < 70_000 and tok.decode(tok.encode(dna)) == dna
+    assert time.process_time() - begin < 6      # measured: 0.6 s
 
 
 def test_hub_tokenizer_from_a_local_file(tmp_path, stories, cache):
@@ -346,7 +372,8 @@ def test_jsonl_parquet_saved_and_hub_layout_give_the_same_documents(tmp_path, ca
     for i in (0, 1):
         shard = data.select(range(60 * i, 60 * i + 60))
         shard.to_parquet(str(hub / f"train-0000{i}-of-00002.parquet"))
-    for path in (one, two, tmp_path / "data.parquet", tmp_path / "saved", tmp_path / "hub"):
+    datasets.DatasetDict(train=data, extra=data.select([])).save_to_disk(str(tmp_path / "dict"))
+    for path in (one, two, *(tmp_path / name for name in ("data.parquet", "saved", "hub", "dict"))):
         assert read(path) == docs and read(path, 7) == docs[:7]
     folder = P.prepare(tmp_path / "saved", "byte", cache=cache, quiet=True)
     assert sorted(sum((texts(folder, s) for s in P.SPLITS), [])) == sorted(docs)
@@ -367,11 +394,58 @@ def test_a_dataset_with_validation_keeps_its_splits(tmp_path, cache):
     assert texts(folder, "train") == docs[:200]
     val, test = texts(folder, "val"), texts(folder, "test")
     assert sorted(val + test) == sorted(docs[200:]) and 25 < len(val) < 75
+    (hub / "validation-00000-of-00001.parquet").rename(hub / "test-00000-of-00001.parquet")
+    folder = P.prepare(hub.parent, "byte", cache=cache, quiet=True)     # halved the other way
+    assert sorted(texts(folder, "val") + texts(folder, "test")) == sorted(docs[200:])
+    write("test", docs[:1])
+    with pytest.raises(UserError, match="has no document for (val|test): give more, or the files"):
+        P.prepare(hub.parent, "byte", cache=cache, quiet=True)
+    write("validation", docs[200:])
     write("test", ["t"] * 5)
     folder = P.prepare(hub.parent, "byte", cache=cache, quiet=True)
     assert texts(folder, "val") == docs[200:] and texts(folder, "test") == ["t"] * 5
     folder = P.prepare(hub.parent, "byte", max_docs=50, cache=cache, quiet=True)
     assert [len(texts(folder, s)) for s in P.SPLITS] == [50, 20, 5]
+
+
+@pytest.mark.parametrize("files, got, note", [
+    ("a[1].parquet test_notes.parquet my*train?.parquet valid.parquet README.md", 4, "README.md"),
+    ("train.parquet notes.parquet test.parquet", 3, ""),
+    ("a.txt .git/x.txt .ipynb_checkpoints/b.txt __MACOSX/c.txt ._x.txt .DS_Store b.txt.gz", 2, ""),
+    ("a.jsonl b.jsonl.gz deep/c.jsonl c.csv d.json", 3, "c.csv and 1 more"),
+    ("a.parquet n0.txt n1.txt", "1 .parquet (a.parquet) and 2 .txt (n0.txt ...): give one", ""),
+    ("a.txt b.jsonl.gz", "1 .txt (a.txt) and 1 .jsonl (b.jsonl.gz): give one of these", ""),
+    ("a.txt b.txt.zst", "b.txt.zst is packed in a way that is not read here: unpack it", ""),
+    ("a.jsonl b.zip", "b.zip is packed in a way", ""), ("a.txt !c.txt.gz", "cannot read", "")])
+def test_a_folder_is_read_whole_or_refused(files, got, note, tmp_path, monkeypatch):
+    """Through links, whatever its path, its names and its README.md are, and without a home."""
+    import pyarrow
+    from pyarrow.parquet import write_table
+    monkeypatch.setenv("HOME", "/nowhere")
+    folder, docs = tmp_path / "a [b] * ?" / "data", []
+    for name in files.split():
+        path = folder / name.lstrip("!")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data, pack = f"text of {name}", gzip.compress if path.suffix == ".gz" else bytes
+        docs += [data] if path.name[0] != "." else []
+        if path.suffix == ".parquet":
+            write_table(pyarrow.table({"text": [data]}), path)
+        elif name == "README.md":
+            path.write_text("---\nconfigs:\n- data_files: a.parquet\n---\n")
+        else:
+            data = json.dumps({"text": data}) if "json" in name else data
+            path.write_bytes(b"torn" if name[0] == "!" else pack(data.encode()))
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "to").symlink_to(folder)
+    (folder / "loop").symlink_to(tmp_path / "link")
+    for path in (folder, tmp_path / "link"):
+        if isinstance(got, str):
+            with pytest.raises(UserError) as e:
+                read(path)
+            assert got in str(e.value).replace("(to/", "(")
+        else:
+            assert len(read(path)) == got and {*read(path)} <= {*docs}
+            assert (P.find_source(str(path)).note or "").endswith(note)
 
 
 def test_hub_names_ask_for_the_right_dataset(monkeypatch, cache):
@@ -460,6 +534,31 @@ def test_load_data(tokenizer, size, stories, cache, monkeypatch):
             P.load_data(config(data=str(stories[0]), tokenizer=tokenizer, **wrong), quiet=True)
 
 
+@pytest.mark.parametrize("docs, said", [
+    ([f"text {i}" for i in range(5)] * 300, None), (["same"] * 2000 + list("abcdef") * 9, None),
+    (["one", "two", "three"], None), (list("abcdefgh"), None), (["\n"] * 3 + list("ab"), None),
+    (["only one document"], "1 different document.*or a .txt by --split lines"),
+    (["same"] * 1500, "1 different document.*: give more text"), ([""] * 4, "is empty: give a")])
+@pytest.mark.parametrize("tokenizer", ["bpe", "byte", "char"])
+def test_few_or_short_documents(docs, said, tokenizer, tmp_path, cache, monkeypatch):
+    """They are trained on in rows of documents; rows of a stream may be too long for them."""
+    monkeypatch.setenv("TEXT_DIFFUSION_CACHE", str(cache))
+    path = tmp_path / "few.jsonl"
+    path.write_text("".join(json.dumps({"text": doc}) + "\n" for doc in docs))
+    with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
+        P.load_data(config(data=str(path), tokenizer=tokenizer, rows="docs"), True)
+        [folder] = cache.glob("few*")
+        assert sorted(sum((texts(folder, split) for split in P.SPLITS), [])) == sorted(docs)
+        with pytest.raises(UserError, match="smaller --seq-len, more text or --rows docs"):
+            P.load_data(config(data=str(path), tokenizer=tokenizer, seq_len=6000), True)
+
+
+def test_bits_per_byte_of_rows_that_cut_characters():
+    x0 = torch.tensor([*("日本語" * 40).encode()]).view(9, 40)
+    row = units.likelihood(torch.ones(9), x0, None, P.get_tokenizer("byte"), config(), "exact")
+    assert row["bits_per_byte"] == pytest.approx(9 / math.log(2) / 360)
+
+
 @pytest.mark.parametrize("split, tokens, said", [
     ("train", 30, "the training split has 30 tokens, not more than"),
     ("train", 29, "the training split has 29 tokens, fewer than --seq-len 30: use a smaller"),
@@ -536,11 +635,14 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(tmp_path, cache, capsys,
         assert not leftovers(cache), (args, leftovers(cache))
 
 
-def test_the_command_line_as_a_user_runs_it(stories, cache):
+@pytest.mark.parametrize("fcntl", ["", "raise ImportError"])    # is missing on Windows
+def test_the_command_line_as_a_user_runs_it(fcntl, stories, cache, tmp_path):
     """Two processes at once make one dataset; a hub name without a network fails at once."""
-    both = [start(stories[0], "--vocab-size", "300", "--cache", cache) for _ in range(2)]
+    (tmp_path / "fcntl.py").write_text(fcntl)
+    env = dict(PYTHONPATH=str(tmp_path), PYTHONWARNINGS="ignore") if fcntl else {}
+    both = [start(stories[0], "--vocab-size", "300", "--cache", cache, **env) for _ in range(2)]
     hub = start("tinystories", "--cache", cache, HF_ENDPOINT="http://127.0.0.1:9",
-                HF_HUB_OFFLINE="", HF_HOME=str(cache / ".hf"))
+                HF_HUB_OFFLINE="", HF_HOME=str(cache / ".hf"), **env)
     outs = [p.communicate(timeout=600) for p in both]
     assert [p.returncode for p in both] == [0, 0], outs
     assert outs[0][0] == outs[1][0] and "first: Story" in outs[0][0]
@@ -583,6 +685,35 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_finished(how, tmp_
     assert leftovers(cache) == [folder.name]
 
 
+def test_ctrl_c_is_heard_while_compiled_code_works(tmp_path, cache):
+    """Training a BPE, which takes half a minute here."""
+    words = random.Random(0).randbytes(1_500_000).hex().replace("a", " ")
+    (tmp_path / "words.txt").write_text(words)
+    process = start(tmp_path / "words.txt", "--vocab-size", "200000", "--cache", cache)
+    assert process.stderr.readline() == "training a BPE of 200000 ids\n"
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    begin = time.time()
+    assert process.communicate(timeout=60)[1] == "interrupted\n" and process.returncode == 130
+    assert time.time() - begin < 4 and not leftovers(cache)     # measured: 1.3 s
+
+
+def test_killed_at_any_moment_the_next_start_makes_it_whole(stories, cache):
+    """Also while others wait for it."""
+    args = stories[0], "bpe", 300
+    good = P.prepare(*args, cache=cache / "good", quiet=True)
+    for moment in range(6):
+        two = [start(args[0], "--vocab-size", "300", "--cache", cache / "bad") for _ in range(2)]
+        time.sleep(0.3 + random.Random(moment).random() / 2)
+        two[0].kill()
+        assert two[1].communicate(timeout=60)[0] and two[0].communicate()
+        folder = P.prepare(*args, cache=cache / "bad", quiet=True)
+        assert leftovers(cache / "bad") == [good.name]
+        for file in good.iterdir():
+            assert file.read_bytes() == (folder / file.name).read_bytes()
+        shutil.rmtree(folder)
+
+
 def test_damaged_folders_are_noticed(stories, cache):
     folder = P.prepare(stories[0], "byte", cache=cache, quiet=True)
     P.verify(folder)
@@ -606,6 +737,18 @@ def test_damaged_folders_are_noticed(stories, cache):
         damaged(name, Path.unlink)
     damaged("tokenizer.json", lambda path: shutil.copy(P.TALES_BPE, path))
     damaged("train.idx.npy", lambda path: np.save(path, np.arange(5)))
+    for old, new in ('"uint16"', '"O"'), ('"uint16"', '"int64"'), ('"byte"', "[" * 9999):
+        damaged("meta.json", lambda path: path.write_text(path.read_text().replace(old, new)))
+
+
+@pytest.mark.parametrize("spec, said", [
+    (dict(kind="spm"), "unknown kind of tokenizer 'spm': it is byte"), ({}, "missing or broken"),
+    ([[]], "missing or broken"), ("[" * 9999, "missing or broken")])
+def test_a_wrong_tokenizer_file_is_one_sentence(spec, said, tmp_path):
+    spec = {**P.get_tokenizer("byte").spec, **spec} if spec and isinstance(spec, dict) else spec
+    (tmp_path / "tokenizer.json").write_text(spec if spec == "[" * 9999 else json.dumps(spec))
+    with pytest.raises(UserError, match=said):
+        P.load_tokenizer(tmp_path)
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path):
