@@ -151,43 +151,6 @@ def test_top_k_and_top_p_cut_tokens(sampler):
 # ---- guidance
 
 
-@each_kind
-def test_guidance_exaggerates_what_the_given_text_says(head, sampler, monkeypatch):
-    """(V6) out + w (out - out without c) of the context, own bits entering once: against two
-    evaluations by hand, where c is at lam = 0 and all else stays as it is."""
-    seen, predict, w = [], bit_variants.predict_x0, 1.5
-    monkeypatch.setattr(bit_variants, "predict_x0",
-                        lambda m, out, *rest: seen.append(out) or predict(m, out, *rest))
-    model = three(head, 0.7)
-    x, nfe, _, _ = draw(model, 25, given=[1], sampler=sampler, noise_window=0.5, num_steps=6,
-                        guidance=w)
-    pairs = list(zip(model.calls[::2], model.calls[1::2]))
-    assert nfe == len(model.calls) == 2 * len(seen) and (x[:, 0] == 1).all()
-    for ((bits, lam, is_target), (noise, low, same)), out in zip(pairs, seen):
-        assert torch.equal(is_target, same) and torch.equal(bits[:, 1:], noise[:, 1:])
-        assert torch.equal(lam[:, 1:], low[:, 1:])
-        assert (low[:, 0] == 0).all() and (lam[:, 0] == CLEAN).all()
-        full, uncond = (model.answer(*y)[is_target] for y in ((bits, lam), (noise, low)))
-        own = (lam[..., None] * bits)[is_target].double()
-        want = full + w * (full - uncond)
-        if head == "token":
-            assert torch.allclose(out.softmax(1).double(), want.softmax(1), atol=1e-4)
-        elif head == "bit":
-            assert torch.allclose(out.double(), want, atol=2e-3)
-        else:  # weights hold what own bits say: taken away, and put back
-            own = own[:, None]
-            weight = want[..., -1] + gain(want[..., :-1] - own, own) - (1 + w) * gain(
-                full[..., :-1] - own, own) + w * gain(uncond[..., :-1] - own, own)
-            assert torch.allclose(out[..., :-1].double(), want[..., :-1], atol=2e-3)
-            assert torch.allclose(out[..., -1].double().softmax(1), weight.softmax(1), atol=1e-4)
-
-
-def gain(odds, own):
-    """log p(own bits | a product), given the log-odds of its bits and those that own bits say."""
-    return torch.logaddexp(F.logsigmoid(odds) + F.logsigmoid(own),
-                           F.logsigmoid(-odds) + F.logsigmoid(-own)).sum(-1)
-
-
 # ---- orders, steps, the trajectory
 
 

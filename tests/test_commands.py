@@ -22,7 +22,7 @@ import mdlm
 import sdd
 from data import prepare, tales
 from harness import ROOT, small_text
-from lab import decoding, metrics, noise_eval, sdd_variants
+from lab import decoding, metrics, sdd_variants
 
 SCRIPTS = (ar, mdlm, dit_embed, bit_diffusion, sdd, diffugpt_varlen)
 LAB = {path.stem: importlib.import_module(f"lab.{path.stem}") for path in ROOT.glob("lab/*.py")}
@@ -217,27 +217,6 @@ def test_the_suite_writes_its_rows_and_figures(home, capsys):
     assert "no generative NLL" in said(
         "mdlm_eval", capsys, "--out", out, "--judge", home / "none", "--orders", "l2r",
         "--steps", 4, "--num-samples", 4, "--rows", 20)
-
-
-@pytest.mark.parametrize("script, samplers", [
-    ("dit_embed", ["token", "ddim"]), ("bit_diffusion", ["token", "bit"]),
-    ("sdd", ["ancestral", "deterministic"])])
-def test_the_suite_of_noisy_inputs_writes_its_rows_and_a_figure(script, samplers, home, capsys):
-    out = home / script
-    shown = said("noise_eval", capsys, "--script", script, "--out", out, "--judge", home / "ar",
-                 "--samplers", *samplers, "--steps", 4, 8, "--num-samples", 8, "--rows", 20)
-    rows = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
-    assert [row["kind"] for row in rows] == (
-        ["config", "baseline", "test"] + 4 * ["steps"] + 4 * ["accuracy"] + 3 * ["infill"] +
-        ["real"] + 4 * ["samples"])
-    assert f"test: <= {rows[2]['nats_per_token']:.3f} nats/token" in shown
-    assert [(r["sampler"], r["num_steps"]) for r in rows[-4:]] == [
-        (sampler, n) for sampler in samplers for n in (4, 8)]
-    assert all(r["gen_nll"] > 0 and r["nfe"] <= r["num_steps"] + (script == "dit_embed")
-               for r in rows[-4:])
-    assert (out / "quality.png").stat().st_size > 5000
-    with pytest.raises(common.UserError, match="not 'best'"):
-        noise_eval.main(["--script", script, "--out", str(out), "--samplers", "best"])
 
 
 def test_the_original_process_shows_a_leak_and_no_likelihood(home, capsys, tmp_path):

@@ -148,29 +148,6 @@ def test_temperature_is_for_the_context_alone(temperature, how, monkeypatch):
 # ---- what is given, guidance
 
 
-@pytest.mark.parametrize("w", [1.5, 0.4])
-@pytest.mark.parametrize("how", ["exact", "state"])
-def test_guidance_adds_what_the_given_text_says(w, how, monkeypatch):
-    """logits + w (logits - those without the given text): net by two evaluations a step, in the
-    second of which that is unknown and all else stays; the self-likelihood enters once."""
-    cut, cuts, model = sdd.filter_logits, [], three(0.7, 2)
-    monkeypatch.setattr(sdd, "filter_logits", lambda y, cfg: cuts.append(y) or cut(y, cfg))
-    cfg = config(3, 3, noise_window=0.5, num_steps=6, guidance=w, add_likelihood=how, k=2)
-    _, nfe = draw(model, cfg, torch.tensor([[1, 3, 3]]).repeat(25, 1), sample=lab.sample)
-    calls = list(zip(model.calls[::2], model.calls[1::2]))
-    assert nfe == 2 * len(calls) and len(calls) == len(cuts) > 3
-    for ((ids, logp, target), (same, less, there)), logits in zip(calls, cuts):
-        assert torch.equal(target, there) and torch.equal(logp[:, 1:], less[:, 1:])
-        assert (logp[:, 0, 0] == 0).all() and (less[:, 0, -1] == 0).all()
-        full, bare = (model.context(believed(*state, 3))[target]
-                      for state in ((ids, logp), (same, less)))
-        own = logits.double() - full - w * (full - bare)
-        if how == "state":  # what the candidates say, up to a constant
-            want = believed(ids, logp, 3)[target]
-            assert torch.allclose(own.log_softmax(1), want.log_softmax(1), atol=1e-3)
-        assert (full - bare).abs().max() > 0.1
-
-
 def test_guidance_moves_the_distribution_towards_what_the_prompt_favours():
     """Of one token after a prompt, in one step: p(. | c)^(1 + w) / p(.)^w but for a constant. No
     second evaluation without guidance or without given text."""

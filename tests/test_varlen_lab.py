@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 import diffugpt_varlen as script
-from harness import small_text
 from lab import varlen_eval as suite
 from lab import varlen_variants as lab
 from tables import generator
@@ -227,22 +226,6 @@ def test_what_samples_cost_is_counted():
     tokens = torch.tensor([0, 0, EOS, 0, 0, 0])
     text = Script(lambda idx, live: 99.0 * F.one_hot(tokens, 4).expand(len(idx), -1, -1))
     assert suite.sample_and_count(text, cfg, 8, 1, "cpu")[1]["contradictions"] == 1
-
-
-def test_a_run_with_a_head_is_trained_and_evaluated(tmp_path, capsys):
-    """From the parent to the figures, at tiny size."""
-    out = tmp_path / "run"
-    small_text(tmp_path / "text.txt")
-    lab.main(["--data", str(tmp_path / "text.txt"), "--out", str(out), *(
-        "--tokenizer byte --rows docs --head hazard --device cpu --steps 2 --parent-steps 1 "
-        "--n-layer 1 --n-head 1 --n-embd 8 --seq-len 64 --batch-size 4 --num-steps 4").split()])
-    suite.main(["--out", str(out), "--tokens-per-step", "12", "--num-samples", "4", "--rows", "8",
-                "--judge", str(tmp_path)])
-    said = capsys.readouterr().out
-    assert "length_mode presampled" in said and "of training" in said
-    assert all((out / name).exists() for name in ("eval.jsonl", "length.png", "quality.png"))
-    with pytest.raises(script.common.UserError, match="causal parent"):
-        suite.main(["--out", f"{out}_parent"])
 
 
 @pytest.mark.parametrize("changed,said", [
