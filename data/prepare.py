@@ -201,14 +201,14 @@ class Tokenizer:
         if self.kind == "byte":
             return bytes(ids)
         if self.kind == "char":
-            return "".join(self.spec["characters"][i] for i in ids).encode()
+            return "".join(self.spec["characters"][i] for i in ids).encode(errors="replace")
         if self.kind == "gpt2":
             return self.bpe.decode_bytes(ids)
         if "ByteLevel" not in json.dumps(self.spec["tokenizer"]["decoder"]):
             return self.bpe.decode(ids).replace("\ufffd", "?").encode()   # one for a lone byte
         added = self.bpe.get_added_tokens_decoder()
         return b"".join(
-            bytes(BYTES[c] for c in self.bpe.id_to_token(i) or "") if i not in added
+            bytes(BYTES.get(c, 63) for c in self.bpe.id_to_token(i) or "") if i not in added
             else b"" if added[i].special else added[i].content.encode() for i in ids)
 
     def _said(self, ids):
@@ -522,7 +522,8 @@ def _saved(name, path):
             return {k: _saved(name, path / k)[""] for k in names}
         if (path / "state.json").exists():
             state = json.loads((path / "state.json").read_text())
-            return {"": [path / f["filename"] for f in state["_data_files"]]}
+            if "_data_files" in state:
+                return {"": [path / f["filename"] for f in state["_data_files"]]}
         return {}
 
 
@@ -624,10 +625,12 @@ def _rows(load, max_docs, where, advice, group=None):
         if own and (data.keys() - {*SPLITS} or len(data) < len(found)):
             raise UserError(f"{where} has the splits {', '.join(found)}: keep only train, "
                             "validation and test of them")
+        data = data if own else {"": chain.from_iterable(data.values())}
         for split in SPLITS if own else data:
             limit = max(20, max_docs // 10) if max_docs and own and split != "train" else max_docs
             rows = enumerate(data.get(split, ()))
-            texts = (_text(row, f"row {i} of {split} of {where}") for i, row in rows)
+            texts = (_text(row, f"row {i} of {split} of {where}".replace(" of  of ", " of "))
+                     for i, row in rows)
             for text in islice(group(texts) if group else texts, limit or None):
                 missing = {*SPLITS} - data.keys() if split != "train" else ()
                 halved = missing and _hash(text) % 2

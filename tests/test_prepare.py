@@ -372,9 +372,13 @@ def test_jsonl_parquet_saved_and_hub_layout_give_the_same_documents(tmp_path, ca
     for i in (0, 1):
         shard = data.select(range(60 * i, 60 * i + 60))
         shard.to_parquet(str(hub / f"train-0000{i}-of-00002.parquet"))
-    datasets.DatasetDict(train=data, extra=data.select([])).save_to_disk(str(tmp_path / "dict"))
+    parts = dict(train=data.select(range(5)), extra=data.select(range(5, 120)))
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "dict"))
     for path in (one, two, *(tmp_path / name for name in ("data.parquet", "saved", "hub", "dict"))):
         assert read(path) == docs and read(path, 7) == docs[:7]
+    datasets.DatasetDict(train=data, test=data, extra=data).save_to_disk(str(tmp_path / "more"))
+    with pytest.raises(UserError, match="has the splits train, test, extra: keep only train"):
+        read(tmp_path / "more")
     folder = P.prepare(tmp_path / "saved", "byte", cache=cache, quiet=True)
     assert sorted(sum((texts(folder, s) for s in P.SPLITS), [])) == sorted(docs)
 
@@ -595,7 +599,10 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(tmp_path, cache, capsys,
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     (tmp_path / "folder").mkdir()
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "a.txt").symlink_to("nowhere")
     cases = [
+        ("@links", ["links/a.txt is no file or a link to nothing"]), ("~no.one/a.txt", ["~no.one"]),
         ("@missing.txt", ["missing.txt", "tinystories", "wikitext2", "openwebtext", "fineweb"]),
         ("@empty.txt", ["empty.txt is empty"]), ("@blank.txt", ["blank.txt is empty"]),
         ("@folder", ["folder is no text", ".jsonl"]), ("@table.csv", ["table.csv is no text"]),
