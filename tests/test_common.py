@@ -288,7 +288,7 @@ def test_a_text_with_holes_becomes_a_canvas(infill, rows, want):
     ("--data no-such-file.txt", "neither a file or folder nor one of the names tales"),
     ("--data {empty}", "is empty: give a source that has text"),
     ("--data {latin}", "is not UTF-8 at byte 1: convert it"),
-    ("--data {short}", "than --seq-len 32: use a smaller --seq-len or more text"),
+    ("--data {short}", "than --seq-len 32: use a smaller --seq-len, more text"),
     ("--data {short} --seq-len 8", "the val split has 6 tokens, fewer than --seq-len"),
     ("--data tales --split lines", "--split lines is for .txt files"),
 ], ids=lambda text: text[:24])
@@ -503,7 +503,7 @@ def test_on_tales_the_gap_to_the_entropy_and_the_rates_of_samples_are_logged(nam
 def test_a_likelihood_in_all_units_by_hand():
     """Two documents of 3 and 1 tokens and their EOS, EOS-filled rows of 4."""
     cfg = SimpleNamespace(rows="docs", eos=0)
-    tokenizer = SimpleNamespace(decode=lambda ids: "xy" * len(ids))
+    tokenizer = SimpleNamespace(decode_bytes=lambda ids: b"xy" * len(ids))
     row = units.likelihood(torch.tensor([6.0, 3.0]), torch.tensor([[1, 2, 3, 0], [4, 0, 0, 0]]),
                            torch.tensor([5.0, 1.0]), tokenizer, cfg, "upper")
     assert row["nats_per_token"] == 9 / 6 and row["nats_per_doc"] == 4.5 and row["gap"] == 1.5
