@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 
 import common
-import diffugpt_varlen
 from common import UserError
 from data.units import tokens_of
 from lab import compare, methods
