@@ -200,7 +200,7 @@ class Run:
                 x.copy_(part.view_as(x))
 
     def say(self, text):
-        """Print without breaking the progress bar."""
+        """Print without breaking the progress bar; what could command a terminal becomes ?."""
         if self.rank == 0:
             tqdm.write(re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f]", "?", text), file=sys.stdout)
 
@@ -252,7 +252,7 @@ class Run:
     def resume(self, tokenizer, model, ema, optimizers, g):
         """Put back what save() wrote; returns the step."""
         with usable(self.out / "state.pt") as path:
-            state = torch.load(path, map_location="cpu", weights_only=True)  # AdamW's step stays
+            state = torch.load(path, map_location="cpu", weights_only=True)  # AdamW counts there
             if state["tokenizer"] != tokenizer.fingerprint:
                 raise ValueError(f"another tokenizer than the {tokenizer.name} of these data")
             for part, stored in zip((model, ema, *optimizers), state["parts"]):
@@ -319,7 +319,7 @@ def show_samples(run, sample, model, tokenizer, cfg, step=None):
     texts = [tokenizer.decode(ids) for ids in tokens_of(x, cfg)]
     about = dict(num_samples=len(texts), nfe=nfe, seconds=time.time() - start)
     if cfg.data == "tales":
-        about |= {key: rate for key, rate in grade(texts).items() if key[:3] in ("val", "con")}
+        about |= {k: v for k, v in grade(texts).items() if k not in ("prefix", "true_nll")}
     run.say("\n\n".join(["", *texts[:None if step is None else 2], ""]) +
             ", ".join(f"{k} {v:.3g}" for k, v in about.items()))
     if step is not None:

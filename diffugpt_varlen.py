@@ -1,12 +1,12 @@
 """From a causal GPT to a diffusion language model that decides its own length.
 
 Method: DiffuGPT (Gong et al. 2024, arXiv 2410.17891): masked diffusion from the weights of a GPT-2.
+lab: pretrained.py (weights of GPT-2, DiffuGPT), varlen_eval.py (length reports), benchmarks.py
 
     python diffugpt_varlen.py   5 minutes, 2 CPU cores: val <= 1.95 nats/token (entropy 0.91)
     python diffugpt_varlen.py sample --prompt "Once upon a time" --num-samples 3 --trace
     python diffugpt_varlen.py sample --length-mode presampled
     python diffugpt_varlen.py eval      the bound on the test split, samples
-lab: pretrained.py (weights of GPT-2, DiffuGPT), varlen_eval.py (length reports), benchmarks.py
 
 Equations. A canvas is text, EOS, PAD, PAD ...; L is the position of EOS (T: none), M the mask.
     (E1)  NELBO = sum_{n=1..T} 1/n E_{n masks} sum_masked -log p(x_i | x_t) >= -log p(x_0)
@@ -87,6 +87,7 @@ class Config:
     trace: bool = False  # print the trajectory of the first sample
     num_steps: int = 80  # a step unmasks T / num_steps tokens, rounded up; 0 = one
     order: Literal["random", "l2r", "maxprob", "margin", "entropy"] = "maxprob"  # unmasked first
+    # how much of the row is computed, and when its length is decided: see sample()
     length_mode: Literal["fixed", "truncate", "quantile", "blockwise", "presampled"] = "truncate"
     length_quantile: float = 0.9  # quantile: the canvas is long enough with this probability
     block_size: int = 32  # quantile, blockwise: tokens that one extension adds
