@@ -24,7 +24,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from data.files import UserError, read_log, replace, run_main, show_help  # noqa: F401
-from data.prepare import Tokenizer
+from data.prepare import Tokenizer, refuse_unknown
 from data.tales import grade
 from data.units import report, tokens_of
 
@@ -41,8 +41,10 @@ def parse(Config, presets, argv):
     # --out and --preset are needed before all flags are parsed
     flags = dict(itertools.pairwise(part for word in argv for part in word.split("=", 1)))
     stored = command != "train" or "--resume" in argv
-    default = (load_config(Config, flags.get("--out", Config.out)) if stored else
-               Config(**presets.get(flags.get("--preset", Config.preset), {})))
+    default = Config(**presets.get(flags.get("--preset", Config.preset), {}))
+    if stored:
+        default = load_config(Config, flags.get("--out", Config.out),
+                              reads_data=command != "sample" and "--data" not in flags)
     heard = io.StringIO()
     try:
         with contextlib.redirect_stderr(heard):
@@ -271,10 +273,14 @@ def usable(path):
                         f"another --out ({textwrap.shorten(str(error), 160)})") from None
 
 
-def load_config(Config, out):
-    """The Config of the checkpoint in the folder `out`."""
+def load_config(Config, out, reads_data=False):
+    """The Config of the checkpoint in the folder `out`. A stranger's must not choose what is read:
+    with reads_data its data have to be known here."""
     with usable(Path(out) / "model.safetensors") as path, safe_open(path, "pt") as file:
-        return Config(**{**json.loads(file.metadata()["config"]), "out": str(out)})
+        cfg = Config(**{**json.loads(file.metadata()["config"]), "out": str(out)})
+    if reads_data:
+        refuse_unknown(cfg.data, cfg.tokenizer)
+    return cfg
 
 
 def load_model(Model, cfg, device, data=None):
@@ -283,6 +289,11 @@ def load_model(Model, cfg, device, data=None):
         stored = Tokenizer(json.loads(file.metadata()["tokenizer"]))
         if data and data.tokenizer.fingerprint != stored.fingerprint:
             raise ValueError(f"another tokenizer than the {data.tokenizer.name} of these data")
+        if cfg.n_layer > len(file.keys()):
+            raise ValueError(f"{cfg.n_layer} layers, {len(file.keys())} tensors")
+        with torch.device("meta"):  # sizes are compared before memory is taken
+            Model(cfg).load_state_dict({name: torch.empty(file.get_slice(name).get_shape())
+                                        for name in file.keys()})
         model = Model(cfg).to(device)
         model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
     return model, stored

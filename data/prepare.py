@@ -693,7 +693,7 @@ def prepare(name="tales", tokenizer="bpe", vocab_size=0, max_docs=0, cache=None,
     own (bpe: 2048); max_docs 0: all (tales: 100 000 stories; fineweb: 100 000 documents); cache:
     the parent folder, else TEXT_DIFFUSION_CACHE, else data/cache; split: auto, or lines for one
     document a line. UserError: the user can repair it."""
-    cache = Path(cache or os.environ.get("TEXT_DIFFUSION_CACHE") or ROOT / "data" / "cache")
+    cache = Path(cache or _cache())
 
     def say(text):
         if not quiet:
@@ -718,6 +718,22 @@ def prepare(name="tales", tokenizer="bpe", vocab_size=0, max_docs=0, cache=None,
                         "for the result") from None
     verify(folder)
     return folder
+
+
+def refuse_unknown(name, tokenizer):
+    """UserError unless these data are tales or were prepared here before."""
+    known = {"tales", "bpe", "byte", "char", "gpt2"}
+    for path in _cache().glob("*/meta.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            meta = json.loads(path.read_text("utf-8"))
+            known |= {meta["source"], meta["tokenizer"]}
+    if not {name, tokenizer} <= known:
+        raise UserError(f"the checkpoint is of the data {name!r} with the tokenizer {tokenizer!r}, "
+                        "which were never prepared here: name the data with --data to read them")
+
+
+def _cache():
+    return Path(os.environ.get("TEXT_DIFFUSION_CACHE") or ROOT / "data" / "cache")
 
 
 def _make(folder, build, say):

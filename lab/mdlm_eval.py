@@ -153,7 +153,7 @@ def evaluate_all(run, model, tokenizer, data, cfg, opt):
 
 def main(argv):
     opt = tyro.cli(Options, args=argv, description=__doc__)
-    cfg = common.load_config(Config, opt.out)
+    cfg = common.load_config(Config, opt.out, reads_data=True)
     for name in ("temperature", "remask", "top_p"):
         if getattr(opt, name) is not None:
             setattr(cfg, name, getattr(opt, name))

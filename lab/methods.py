@@ -54,7 +54,7 @@ def code_of(name):
 def load(name, out):
     """(script, model, Config, data) of the run in the folder `out`."""
     script = script_of(name)
-    cfg = common.load_config(script.Config, out)
+    cfg = common.load_config(script.Config, out, reads_data=True)
     data = script.load_data(cfg)
     model = common.load_model(script.Model, cfg, common.pick_device(cfg.device), data)[0]
     return script, model.requires_grad_(False), cfg, data

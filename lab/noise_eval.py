@@ -146,7 +146,7 @@ def main(argv):
         if name not in samplers:
             raise common.UserError(f"--samplers of {opt.script} are {', '.join(samplers)}, "
                                    f"not '{name}'")
-    cfg = common.load_config(lab.Config, opt.out)
+    cfg = common.load_config(lab.Config, opt.out, reads_data=True)
     if opt.temperature is not None:
         cfg.temperature = opt.temperature
     run, data = common.Run(cfg), load_data(cfg)

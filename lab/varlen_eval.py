@@ -224,7 +224,7 @@ def evaluate_all(run, model, tokenizer, data, cfg, opt):
 
 def main(argv):
     opt = tyro.cli(Options, args=argv, description=__doc__)
-    cfg = common.load_config(Config, opt.out)
+    cfg = common.load_config(Config, opt.out, reads_data=True)
     if cfg.pipeline == "arm":
         raise common.UserError(f"{opt.out} holds a causal parent: evaluate it with "
                                f"`python diffugpt_varlen.py eval --out {opt.out}`")

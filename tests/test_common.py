@@ -3,6 +3,7 @@ mistake, and nothing lost when a run is stopped, killed or out of disk. Tiny mod
 import dataclasses
 import errno
 import inspect
+import json
 import math
 import os
 import random
@@ -19,7 +20,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from matplotlib import image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import ar
 import bit_diffusion
@@ -651,6 +653,32 @@ def test_replace_writes_through_no_link(tmp_path):
 def test_printed_text_commands_no_terminal(capsys):
     common.Run(SCRIPTS["ar"].Config(device="cpu")).say("a\x1b]0;b\x07\nc\td\x9b")
     assert capsys.readouterr().out == "a?]0;b?\nc\td?\n"
+
+
+@each
+def test_a_strangers_checkpoint_takes_no_memory_and_chooses_no_data(name, straight, home, cli,
+                                                                    tmp_path, monkeypatch):
+    out = shutil.copytree(straight / name, tmp_path / "run")
+    with safe_open(out / "model.safetensors", "pt") as file:
+        about = file.metadata()
+    weights = load_file(out / "model.safetensors")
+    for changes, command, sentence in [
+            (dict(n_embd=2 ** 22), "sample", "size mismatch"),  # terabytes
+            (dict(n_layer=2 ** 30), "sample", "1073741824 layers"),
+            (dict(vocab_size=2 ** 30), "sample", "size mismatch"),
+            (dict(data=str(home / "secret")), "eval", "name the data with --data to read them"),
+            (dict(data="https://x.y/z"), "--resume", "name the data with --data to read them"),
+            (dict(tokenizer="hf:x/y"), "eval", "name the data with --data to read them"),
+            (dict(out=str(home / "elsewhere")), "sample", None)]:
+        stored = dict(about, config=json.dumps(json.loads(about["config"]) | changes))
+        save_file(weights, out / "model.safetensors", stored)
+        code, said, err = cli(name, command, "--out", out)
+        assert sentence is None and code == 0 or sentence in one_sentence(code, err)
+    assert not (home / "elsewhere").exists()
+    code, _, err = cli(name, "eval", "--data", home / "small.txt", "--out", out)
+    assert code == 0, err  # what is named is read
+    monkeypatch.setenv("TEXT_DIFFUSION_CACHE", str(tmp_path / "cache"))  # never prepared here
+    assert "name the data with --data" in one_sentence(*cli(name, "eval", "--out", out)[::2])
 
 
 def test_the_state_of_a_run_is_loaded_to_the_cpu(straight, cli, monkeypatch, tmp_path):
