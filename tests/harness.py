@@ -36,11 +36,16 @@ def serve():
     for optimizer in (torch.optim.Muon([weight]), torch.optim.AdamW([weight])):
         optimizer.step()  # imports much of torch
     for job in map(json.loads, sys.stdin):
-        child = os.fork()
+        for rank in range(job["world"]):
+            child = os.fork()
+            if child == 0:
+                break
         if child == 0:
             code, script = 70, scripts[job["name"]]
+            os.environ.update(job["env"], RANK=str(rank), WORLD_SIZE=str(job["world"]))
             try:
                 for number, path in ((1, job["out"]), (2, job["err"])):
+                    path += f".{rank}" if rank else ""
                     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
                 script.common.plot_loss = lambda *_: None
                 if not job["argv"] or job["argv"][0] not in ("sample", "eval"):
@@ -57,7 +62,7 @@ def serve():
                 sys.setprofile(None)
                 sys.stderr.flush()
                 os._exit(code)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        print(*(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(job["world"])), flush=True)
 
 
 def nothing(common):
@@ -104,7 +109,8 @@ def small_files(common, size):
 
 
 class Fork:
-    """fork(name, argv, fault, how...) -> exit code and stderr of a process of its own."""
+    """fork(name, argv, fault, how...) -> exit code and stderr of a process of its own, or of `world`
+    processes as torchrun starts them: the worst exit code, stderr of the first."""
 
     def __init__(self, folder):
         env = {**os.environ, "OMP_NUM_THREADS": "1",
@@ -113,12 +119,13 @@ class Fork:
             [sys.executable, "-c", "import harness; harness.serve()"], env=env, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def __call__(self, name, argv, fault="nothing", *how, out=None):
-        job = dict(name=name, argv=[*map(str, argv)], fault=fault, how=how,
+    def __call__(self, name, argv, fault="nothing", *how, out=None, world=1, **env):
+        job = dict(name=name, argv=[*map(str, argv)], fault=fault, how=how, world=world, env=env,
                    out=str(out or self.folder / "stdout"), err=str(self.folder / "stderr"))
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
-        return int(self.server.stdout.readline()), (self.folder / "stderr").read_text()
+        codes = [int(code) for code in self.server.stdout.readline().split()]
+        return max(codes, key=abs), (self.folder / "stderr").read_text()
 
     def close(self):
         self.server.stdin.close()
