@@ -109,8 +109,8 @@ def small_files(common, size):
 
 
 class Fork:
-    """fork(name, argv, fault, how...) -> exit code and stderr of a process of its own, or of `world`
-    processes as torchrun starts them: the worst exit code, stderr of the first."""
+    """fork(name, argv, fault, how...) -> exit code and stderr of a process of its own. Of `world`
+    processes, as torchrun starts them: the worst exit code and stderr of the first."""
 
     def __init__(self, folder):
         env = {**os.environ, "OMP_NUM_THREADS": "1",

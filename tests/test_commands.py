@@ -70,7 +70,7 @@ def idle(monkeypatch, tmp_path):
     (tmp_path / "out/mdlm").mkdir(parents=True)
     for name, text in ("samples.txt", "a"), ("model.safetensors", ""):
         (tmp_path / "out/mdlm" / name).write_text(text)
-    monkeypatch.setattr(common, "load_config", lambda Config, out: Config())
+    monkeypatch.setattr(common, "load_config", lambda Config, out, **_: Config())
     monkeypatch.setattr(common, "Run", stop)
     for script in SCRIPTS:
         monkeypatch.setattr(script, "train", stop)
