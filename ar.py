@@ -132,13 +132,14 @@ class Attention(nn.Module):
 
     def forward(self, x, positions, kv_cache=None):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        q, k = (rotate(F.rms_norm(y, y.shape[-1:]), positions) for y in (q, k))  # (B, H, T, D)
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        qk, v = qkv.split((2, 1))
+        (q, k), v = rotate(F.layer_norm(qk, qk.shape[4:]), positions), v.squeeze(0)  # (B, H, T, D)
         if kv_cache is not None:  # extended in place, by the prompt, then by one token a call
             k, v = (torch.cat(pair, 2) for pair in zip(kv_cache, (k, v))) if kv_cache else (k, v)
             kv_cache[:] = k, v  # (B, H, past and new tokens, D)
         if x.device.type == "cpu":  # written out: the fused kernel is slow there, see LOG.md
-            scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5  # (B, H, T, past and new tokens)
+            scores = q * q.shape[3] ** -0.5 @ k.mT  # (B, H, T, past and new tokens)
             future = scores.new_full(scores.shape[2:], -torch.inf).triu(1 + k.shape[2] - T)
             y = (scores + future).softmax(-1).to(v.dtype) @ v
         else:
@@ -153,14 +154,14 @@ class MLP(nn.Module):
         self.proj = nn.Linear(4 * cfg.n_embd, cfg.n_embd, bias=False)
 
     def forward(self, x):
-        return self.proj(F.gelu(self.fc(x), approximate="tanh"))
+        return self.proj(F.gelu(self.fc(x)))
 
 
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.norm1, self.attn = nn.RMSNorm(cfg.n_embd), Attention(cfg)
-        self.norm2, self.mlp = nn.RMSNorm(cfg.n_embd), MLP(cfg)
+        self.norm1, self.attn = nn.LayerNorm(cfg.n_embd, bias=False), Attention(cfg)
+        self.norm2, self.mlp = nn.LayerNorm(cfg.n_embd, bias=False), MLP(cfg)
 
     def forward(self, x, positions, kv_cache=None):
         x = x + self.attn(self.norm1(x), positions, kv_cache)
@@ -176,7 +177,7 @@ class Model(nn.Module):
         super().__init__()
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.norm = nn.RMSNorm(cfg.n_embd)
+        self.norm = nn.LayerNorm(cfg.n_embd, bias=False)
         self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         for name, p in self.named_parameters():
             if name.endswith(("proj.weight", "head.weight")):  # so the first loss is ln V
@@ -285,10 +286,9 @@ def make_optimizers(model, cfg):
     hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
     embed = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     rest = [p for p in model.parameters() if not any(p is other for other in hidden + embed)]
-    return [torch.optim.Muon([dict(params=hidden, scale=1.0)], cfg.lr, weight_decay=0.05,
-                             adjust_lr_fn="match_rms_adamw"),
+    return [common.Muon([dict(params=hidden, scale=1.0)], cfg.lr, weight_decay=0.05),
             torch.optim.AdamW([dict(params=embed, scale=10.0), dict(params=rest, scale=3.0)],
-                              cfg.lr, betas=(0.9, 0.98), weight_decay=0.0)]
+                              cfg.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
 
 
 def evaluate(model, data, cfg, split="val", n=128):

@@ -299,6 +299,53 @@ def load_model(Model, cfg, device, data=None):
     return model, stored
 
 
+# ---- optimizer ---------------------------------------------------------------------------------
+NEWTON_SCHULZ = ((8.3434, -24.2028, 17.595), (4.0709, -2.9692, 0.547), (3.6778, -2.6964, 0.5166),
+                 (2.782, -2.0749, 0.4635))
+
+
+def orthogonalize(G):
+    """Matrices G (N, m, n), m <= n, with their singular values made 1: those above 0.002 of the norm
+    become 0.66 to 1.32 (Newton-Schulz as in Jordan et al. 2024; each step's odd polynomial is the
+    closest to 1 on the interval the one before leaves, as in Amsel et al. 2025)."""
+    X = G / G.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for a, b, c in NEWTON_SCHULZ:
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X
+
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon for networks like these: matrices of one shape are orthogonalised together,
+    and in bfloat16 only where the hardware multiplies it."""
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.05):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(tuple(sorted(p.shape)), []).append(p)
+            for several in shapes.values():
+                for p in several:
+                    if not self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                grads, old = [p.grad for p in several], [self.state[p]["momentum"] for p in several]
+                torch._foreach_lerp_(old, grads, 1 - group["momentum"])
+                G = torch._foreach_lerp(grads, old, group["momentum"])  # Nesterov's
+                dtype = getattr(torch, pick_dtype("auto", several[0].device))
+                X = torch.stack([g.mT if g.shape[0] > g.shape[1] else g for g in G]).to(dtype)
+                n = 1 if X.device.type == "cpu" else len(X)  # one by one they stay in its cache
+                X = torch.cat([orthogonalize(x) for x in X.split(n)]).to(several[0].dtype)
+                torch._foreach_mul_(several, 1 - group["lr"] * group["weight_decay"])
+                rate = 0.2 * max(several[0].shape) ** 0.5  # an RMS like that of AdamW's updates
+                torch._foreach_add_(several, [x.mT if p.shape[0] > p.shape[1] else x
+                                              for p, x in zip(several, X)], alpha=-group["lr"] * rate)
+
+
 # ---- samples -----------------------------------------------------------------------------------
 def encode_canvas(tokenizer, cfg, n):
     """--prompt and --infill -> n rows (n, T) with the mask id V where tokens are wanted: behind the

@@ -153,10 +153,11 @@ class Attention(nn.Module):
 
     def forward(self, x, positions):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        q, k = (rotate(F.rms_norm(y, y.shape[-1:]), positions) for y in (q, k))  # (B, H, T, D)
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        qk, v = qkv.split((2, 1))
+        (q, k), v = rotate(F.layer_norm(qk, qk.shape[4:]), positions), v.squeeze(0)  # (B, H, T, D)
         if x.device.type == "cpu":  # written out: the fused kernel is slow there, see LOG.md
-            y = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(-1).to(v.dtype) @ v
+            y = (q * q.shape[3] ** -0.5 @ k.mT).softmax(-1).to(v.dtype) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v)  # every position sees every other
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
@@ -169,14 +170,14 @@ class MLP(nn.Module):
         self.proj = nn.Linear(4 * cfg.n_embd, cfg.n_embd, bias=False)
 
     def forward(self, x):
-        return self.proj(F.gelu(self.fc(x), approximate="tanh"))
+        return self.proj(F.gelu(self.fc(x)))
 
 
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.norm1, self.attn = nn.RMSNorm(cfg.n_embd), Attention(cfg)
-        self.norm2, self.mlp = nn.RMSNorm(cfg.n_embd), MLP(cfg)
+        self.norm1, self.attn = nn.LayerNorm(cfg.n_embd, bias=False), Attention(cfg)
+        self.norm2, self.mlp = nn.LayerNorm(cfg.n_embd, bias=False), MLP(cfg)
 
     def forward(self, x, positions, ada):
         """ada: six (B, T, C) that scale and shift. adaLN-zero (Peebles and Xie 2023, section 3.2):
@@ -208,7 +209,7 @@ class Model(nn.Module):
         self.ada_heads = nn.ModuleList(nn.Linear(cfg.n_embd, 6 * cfg.n_embd)
                                        for _ in range(cfg.n_layer))  # not in blocks: no Muon
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.norm = nn.RMSNorm(cfg.n_embd)
+        self.norm = nn.LayerNorm(cfg.n_embd, bias=False)
         self.head = nn.Linear(cfg.n_embd, cfg.vocab_size)
         for name, p in self.named_parameters():
             if name.startswith("ada") or name.endswith(("proj.weight", "head.weight", "bias")):
@@ -445,10 +446,9 @@ def make_optimizers(model, cfg):
     hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
     embed = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     rest = [p for p in model.parameters() if not any(p is other for other in hidden + embed)]
-    return [torch.optim.Muon([dict(params=hidden, scale=1.0)], cfg.lr, weight_decay=0.05,
-                             adjust_lr_fn="match_rms_adamw"),
+    return [common.Muon([dict(params=hidden, scale=1.0)], cfg.lr, weight_decay=0.05),
             torch.optim.AdamW([dict(params=embed, scale=10.0), dict(params=rest, scale=3.0)],
-                              cfg.lr, betas=(0.9, 0.98), weight_decay=0.0)]
+                              cfg.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
 
 
 def evaluate(model, data, cfg, split="val", n=128, nelbo=nelbo):

@@ -92,7 +92,7 @@ class Cached:
             B, T, C = h.shape
             q, k, v = block.attn.qkv(block.norm1(h)).view(
                 B, T, 3, block.attn.n_head, -1).permute(2, 0, 3, 1, 4)
-            q, k = (mdlm.rotate(F.rms_norm(y, y.shape[-1:]), positions) for y in (q, k))
+            q, k = mdlm.rotate(F.layer_norm(torch.stack((q, k)), q.shape[3:]), positions)
             if first:
                 self.kv_cache.append((k[:, :, outside], v[:, :, outside]))
             else:

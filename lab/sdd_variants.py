@@ -62,7 +62,7 @@ class FullAttention(sdd.Attention):
     def forward(self, x, positions):
         (B, S, C), (positions, logp) = x.shape, positions
         q, k, v = self.qkv(x).view(B, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        q, k = (sdd.rotate(F.rms_norm(y, y.shape[-1:]), positions) for y in (q, k))  # (B, H, S, D)
+        q, k = (sdd.rotate(F.layer_norm(y, y.shape[3:]), positions) for y in (q, k))  # (B, H, S, D)
         score = q @ k.transpose(2, 3) * q.shape[3] ** -0.5 + logp[:, None, None]
         return self.proj((score.softmax(-1).to(v.dtype) @ v).transpose(1, 2).reshape(B, S, C))
 

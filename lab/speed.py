@@ -87,7 +87,7 @@ def plain_attention(self, x, positions, kv_cache=None):
     """Attention.forward with PyTorch's fused attention."""
     B, T, C = x.shape
     q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-    q, k = (ar.rotate(F.rms_norm(y, y.shape[-1:]), positions) for y in (q, k))
+    q, k = (ar.rotate(F.layer_norm(y, y.shape[3:]), positions) for y in (q, k))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=isinstance(self, ar.Attention))
     return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
