@@ -305,7 +305,7 @@ NEWTON_SCHULZ = ((8.3434, -24.2028, 17.595), (4.0709, -2.9692, 0.547), (3.6778, 
 
 
 def orthogonalize(G):
-    """Matrices G (N, m, n), m <= n, with their singular values made 1: those above 0.002 of the norm
+    """Matrices G (N, m, n), m <= n, with singular values of about 1: those above 0.002 of the norm
     become 0.66 to 1.32 (Newton-Schulz as in Jordan et al. 2024; each step's odd polynomial is the
     closest to 1 on the interval the one before leaves, as in Amsel et al. 2025)."""
     X = G / G.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -342,8 +342,8 @@ class Muon(torch.optim.Optimizer):
                 X = torch.cat([orthogonalize(x) for x in X.split(n)]).to(several[0].dtype)
                 torch._foreach_mul_(several, 1 - group["lr"] * group["weight_decay"])
                 rate = 0.2 * max(several[0].shape) ** 0.5  # an RMS like that of AdamW's updates
-                torch._foreach_add_(several, [x.mT if p.shape[0] > p.shape[1] else x
-                                              for p, x in zip(several, X)], alpha=-group["lr"] * rate)
+                X = [x.mT if p.shape[0] > p.shape[1] else x for p, x in zip(several, X)]
+                torch._foreach_add_(several, X, alpha=-group["lr"] * rate)
 
 
 # ---- samples -----------------------------------------------------------------------------------

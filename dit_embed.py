@@ -179,11 +179,13 @@ class Block(nn.Module):
         self.norm1, self.attn = nn.LayerNorm(cfg.n_embd, bias=False), Attention(cfg)
         self.norm2, self.mlp = nn.LayerNorm(cfg.n_embd, bias=False), MLP(cfg)
 
-    def forward(self, x, positions, ada):
+    def forward(self, x, positions, ada, is_target=None):
         """ada: six (B, T, C) that scale and shift. adaLN-zero (Peebles and Xie 2023, section 3.2):
         residual outputs start at zero, so gates start at one; both zero would never learn."""
         a1, b1, c1, a2, b2, c2 = ada
         x = x + (1 + c1) * self.attn(self.norm1(x) * (1 + a1) + b1, positions)
+        if is_target is not None:
+            x, a2, b2, c2 = (y[is_target] for y in (x, a2, b2, c2))
         return x + (1 + c2) * self.mlp(self.norm2(x) * (1 + a2) + b2)
 
 
@@ -257,11 +259,12 @@ class Model(nn.Module):
         x = x + self.wpe.weight[:x.shape[1]]  # 0.1: AdamW moves the weights of the noise too fast
         x = x + self.conv(x.transpose(1, 2)).transpose(1, 2)  # three neighbours on each side
         positions = torch.arange(x.shape[1], device=z.device)
-        for block, head in zip(self.blocks, self.ada_heads):
-            x = block(x, positions, F.embedding(index, 0.1 * head(noise)).chunk(6, 2))
+        for k, (block, head) in enumerate(zip(self.blocks, self.ada_heads), 1):
+            ada = F.embedding(index, 0.1 * head(noise)).chunk(6, 2)
+            x = block(x, positions, ada, is_target if k == len(self.blocks) else None)
         x = self.norm(x)
         if is_target is not None:
-            x, z, lam = x[is_target], z[is_target], lam[is_target]
+            z, lam = z[is_target], lam[is_target]
         return self.head(x).float() + self.self_likelihood(z, lam)  # (E4)
 
 

@@ -201,8 +201,7 @@ class Model(nn.Module):
         positions = torch.arange(idx.shape[1], device=idx.device)
         for block in self.blocks[:-1]:
             x = block(x, positions)
-        x = self.blocks[-1](x, positions, is_target)
-        return self.head(self.norm(x))
+        return self.head(self.norm(self.blocks[-1](x, positions, is_target)))
 
 
 # ---- 4. corrupt and loss -----------------------------------------------------------------------

@@ -183,8 +183,9 @@ class Block(nn.Module):
         self.norm1, self.attn = nn.LayerNorm(cfg.n_embd, bias=False), Attention(cfg)
         self.norm2, self.mlp = nn.LayerNorm(cfg.n_embd, bias=False), MLP(cfg)
 
-    def forward(self, x, positions):
+    def forward(self, x, positions, is_target=None):
         x = x + self.attn(self.norm1(x), positions)
+        x = x if is_target is None else x[is_target]
         return x + self.mlp(self.norm2(x))
 
 
@@ -229,10 +230,10 @@ class Model(nn.Module):
         x = self.embed(ids, logp) + self.wpe.weight[:ids.shape[1]]
         x = x + self.conv(x.transpose(1, 2)).transpose(1, 2)  # three neighbours on each side
         positions = torch.arange(x.shape[1], device=x.device)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, positions)
-        x = self.norm(x)
-        net = self.head(x if is_target is None else x[is_target]).float()
+        x = self.blocks[-1](x, positions, is_target)
+        net = self.head(self.norm(x)).float()
         return self.CAP * (net / self.CAP).tanh()  # no context outweighs a certain observation
 
 

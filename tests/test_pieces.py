@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import ar
 import bit_diffusion
+import common
 import diffugpt_varlen
 import dit_embed
 import mdlm
@@ -107,7 +108,7 @@ def test_attention_is_softmax_attention(script, dtype, atol):
     attention, x = script.Attention(config(script)), torch.randn(3, 7, 16)
     positions = torch.arange(5, 12)
     q, k, v = attention.qkv(x).view(3, 7, 3, 2, 8).permute(2, 0, 3, 1, 4)
-    q, k = (script.rotate(F.rms_norm(y, (8,)), positions) for y in (q, k))
+    q, k = (script.rotate(F.layer_norm(y, (8,)), positions) for y in (q, k))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=script is ar)
     want = attention.proj(y.transpose(1, 2).reshape(3, 7, 16))
     got = attention.to(dtype)(x.to(dtype), positions)
@@ -391,6 +392,44 @@ def test_the_same_seeds_train_to_the_same_bits(script):
                          .parameters()])
 
     assert torch.equal(train(1), train(1)) and not torch.equal(train(1), train(2))
+
+
+# ---- the optimizer
+
+
+@pytest.mark.parametrize("dtype, low, high", [(torch.float32, 0.66, 1.33),
+                                              (torch.bfloat16, 0.6, 1.4)])
+def test_newton_schulz_makes_singular_values_about_one_and_keeps_their_vectors(dtype, low, high):
+    g = generator(0)
+    u, v = (torch.linalg.qr(torch.randn(3, n, 12, generator=g)).Q for n in (12, 30))
+    s = torch.logspace(0, math.log10(0.004), 12)  # the norm is 1.3
+    got = common.orthogonalize((u * s @ v.mT).to(dtype))
+    assert got.dtype == dtype
+    inside = u.mT @ got.float() @ v
+    values = inside.diagonal(dim1=1, dim2=2)
+    assert low < values.min() and values.max() < high
+    assert (inside - torch.diag_embed(values)).abs().max() < (1e-3 if dtype == torch.float32 else 1)
+    assert common.orthogonalize(torch.zeros(1, 3, 4)).abs().max() == 0
+
+
+def test_muon_is_the_muon_of_torch():
+    """Three steps of both on matrices of several shapes: the same size and direction of update."""
+    g, moved = generator(1), []
+    start = [torch.randn(shape, generator=g) for shape in ((16, 64), (64, 16), (16, 16), (16, 64))]
+    grads = [[torch.randn(p.shape, generator=g) for p in start] for _ in range(3)]
+    for make in (lambda ps: common.Muon(ps, 0.02, weight_decay=0.05), lambda ps: torch.optim.Muon(
+            ps, 0.02, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")):
+        params = [nn.Parameter(p.clone()) for p in start] + [nn.Parameter(torch.ones(2, 2))]
+        optimizer = make(params)
+        for step in grads:
+            for p, grad in zip(params, step):  # the last has none
+                p.grad = grad
+            optimizer.step()
+        assert torch.equal(params[-1], torch.ones(2, 2))
+        moved.append([(p - q).detach().flatten() for p, q in zip(params, start)])
+    for ours, theirs in zip(*moved):
+        assert torch.cosine_similarity(ours, theirs, dim=0) > 0.97
+        assert ours.norm() / theirs.norm() == pytest.approx(1, abs=0.2)
 
 
 # ---- made to be copied

@@ -358,7 +358,8 @@ def reference(model, ids, logp, noise=None):
     turn = torch.polar(torch.ones_like(angle), angle)
     for block in model.blocks:
         q, k, v = block.attn.qkv(block.norm1(x)).view(-1, 3, H, D).unbind(1)
-        q, k = (y / (y.square().mean(2, keepdim=True) + 1e-12).sqrt() for y in (q, k))
+        q, k = (y - y.mean(2, keepdim=True) for y in (q, k))
+        q, k = (y / (y.square().mean(2, keepdim=True) + 1e-5).sqrt() for y in (q, k))
         q, k = (torch.complex(*y.chunk(2, 2)) * turn[:, None] for y in (q, k))
         score = torch.einsum("qhd,khd->hqk", q, k.conj()).real / D ** 0.5 + bias
         y = torch.einsum("hqk,khd->qhd", score.softmax(2), v).flatten(1)
