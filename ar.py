@@ -206,7 +206,7 @@ def is_scored(x0, cfg):
 def token_nll(model, x0, cfg):
     """-log p(x_i | x_<i) at the scored positions, zero elsewhere: (B, T) nats."""
     inputs = torch.cat((torch.full_like(x0[:, :1], cfg.bos), x0[:, :-1]), 1)  # shift by one
-    is_target = is_scored(x0, cfg)
+    is_target = is_scored(x0, cfg).nonzero(as_tuple=True)
     logits = model(inputs, is_target).float()  # (number scored, V)  # (E2)
     nll = torch.zeros(x0.shape, device=x0.device)
     nll[is_target] = F.cross_entropy(logits, x0[is_target], reduction="none")
@@ -217,8 +217,9 @@ def loss_fn(model, x0, weight, cfg):
     """Nats per scored token, with weight = 1 / their number in the whole batch; a sum over rows, so
     that the losses of micro-batches add up to that of the batch."""
     length = is_scored(x0, cfg).sum(1)
-    halves = length.argsort().chunk(2)  # short rows apart from long ones, for speed
-    nats = sum(token_nll(model, x0[i, :length[i].max()], cfg).sum() for i in halves)
+    order = length.argsort()  # short rows apart from long ones, for speed
+    ends = torch.stack([part[-1] for part in length[order].chunk(2)]).tolist()
+    nats = sum(token_nll(model, x0[i, :end], cfg).sum() for i, end in zip(order.chunk(2), ends))
     return weight * nats  # (E3)
 
 
@@ -328,16 +329,18 @@ def train(cfg, sample=sample):
                 loss.backward()
                 total += loss.detach()
             run.all_reduce([total] + [p.grad for p in model.parameters() if p.grad is not None])
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-            if not math.isfinite(total.item() + norm):
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            total, norm = torch.stack((total, norm)).tolist()  # here a GPU is waited for
+            if not math.isfinite(total + norm):
                 raise common.UserError(f"loss {total}, gradient {norm} at step {step}: lower --lr")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             step += 1
-            for p, q in zip(ema.parameters(), model.parameters()):  # warms up: early weights fade
-                p.lerp_(q.detach(), 1 - min(cfg.ema, (1 + step) / (10 + step)))
-            run.log_step(step, x0.numel(), total.item(), grad_norm=norm, lr=get_lr(step - 1, cfg))
+            beta = min(cfg.ema, (1 + step) / (10 + step))  # warms up: early weights fade
+            new = [p.detach() for p in model.parameters()]
+            torch._foreach_lerp_([*ema.parameters()], new, 1 - beta)
+            run.log_step(step, x0.numel(), total, grad_norm=norm, lr=get_lr(step - 1, cfg))
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 run.save(step, *state)
         if step < cfg.steps:

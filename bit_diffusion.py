@@ -231,8 +231,8 @@ class Model(nn.Module):
         """What the network sees of each position, (B, T, C): the mean of wte under softmax of the
         self-likelihood; zero for pure noise, one token's embedding where the bits are clean."""
         x = torch.zeros(*lam.shape, self.wte.embedding_dim, device=bits.device)
-        is_clean = lam >= CLEAN
-        is_noisy = (lam > 0) & ~is_clean
+        is_clean = (lam >= CLEAN).nonzero(as_tuple=True)
+        is_noisy = ((lam > 0) & (lam < CLEAN)).nonzero(as_tuple=True)
         p = self.self_likelihood(bits[is_noisy], lam[is_noisy]).softmax(1)
         x[is_noisy] = (p @ self.wte.weight).to(x.dtype)
         x[is_clean] = self.wte(bits_to_int(bits[is_clean], len(self.codes)))
@@ -285,8 +285,11 @@ def noise_levels(t, tau, cfg):
 
 def q_sample(clean, lam, g):
     """Codes (..., K) of +-1, log-odds (...) -> codes with each bit right with these odds."""
-    u, p = torch.rand(clean.shape, generator=g, dtype=torch.float64), wide(lam).sigmoid()[..., None]
-    return torch.where((u.to(p.device) < p).to(clean.device), clean, -clean)  # (E1)
+    p = wide(lam).sigmoid()[..., None]
+    noise = g if p.device.type == "cpu" else torch.Generator(p.device).manual_seed(
+        int(torch.randint(2 ** 62, (), generator=g)))  # much of it: drawn where it is used
+    u = torch.rand(clean.shape, generator=noise, dtype=torch.float64, device=p.device)
+    return torch.where((u < p).to(clean.device), clean, -clean)  # (E1)
 
 
 def bit_logits(model, logits):
@@ -320,7 +323,7 @@ def corrupt(x0, cfg, g):
 def loss_fn(model, x0, bits, lam, weight):
     """Cross-entropy of the noisy tokens; BCE of bits is in lab/bit_variants.py. Not the NELBO (E6):
     trained on this, the NELBO ends lower. A sum, so that the losses of micro-batches add up."""
-    is_noisy = weight > 0
+    is_noisy = (weight > 0).nonzero(as_tuple=True)
     logits = model(bits, lam, is_noisy)
     return (F.cross_entropy(logits, x0[is_noisy], reduction="none") * weight[is_noisy]).sum()
 
@@ -489,16 +492,18 @@ def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sampl
                 loss.backward()
                 total += loss.detach()
             run.all_reduce([total] + [p.grad for p in model.parameters() if p.grad is not None])
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-            if not math.isfinite(total.item() + norm):
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            total, norm = torch.stack((total, norm)).tolist()  # here a GPU is waited for
+            if not math.isfinite(total + norm):
                 raise common.UserError(f"loss {total}, gradient {norm} at step {step}: lower --lr")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             step += 1
-            for p, q in zip(ema.parameters(), model.parameters()):  # warms up: early weights fade
-                p.lerp_(q.detach(), 1 - min(cfg.ema, (1 + step) / (10 + step)))
-            run.log_step(step, x0.numel(), total.item(), grad_norm=norm, lr=get_lr(step - 1, cfg))
+            beta = min(cfg.ema, (1 + step) / (10 + step))  # warms up: early weights fade
+            new = [p.detach() for p in model.parameters()]
+            torch._foreach_lerp_([*ema.parameters()], new, 1 - beta)
+            run.log_step(step, x0.numel(), total, grad_norm=norm, lr=get_lr(step - 1, cfg))
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 run.save(step, *state)
         if step < cfg.steps:

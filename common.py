@@ -189,6 +189,8 @@ class Run:
 
     def stopping(self):
         """Was any of the processes asked to stop?"""
+        if self.world == 1:
+            return self.stopped
         asked = torch.tensor(float(self.stopped), device=self.device)
         self.all_reduce([asked])
         return asked.item() > 0

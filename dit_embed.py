@@ -240,7 +240,8 @@ class Model(nn.Module):
         self-likelihood; zero for pure noise, one token's embedding where z is clean."""
         x = torch.zeros(*lam.shape, self.wte.embedding_dim, device=z.device)
         is_clean = lam >= self.high - 1e-3
-        is_noisy = (lam > self.low + 1e-3) & ~is_clean
+        is_noisy = ((lam > self.low + 1e-3) & ~is_clean).nonzero(as_tuple=True)
+        is_clean = is_clean.nonzero(as_tuple=True)
         p = self.self_likelihood(z[is_noisy], lam[is_noisy]).softmax(1)
         x[is_noisy] = (p @ self.wte.weight).to(x.dtype)
         x[is_clean] = self.wte(self.self_likelihood(z[is_clean], lam[is_clean]).argmax(1))
@@ -301,14 +302,17 @@ def corrupt(x0, cfg, g):
     B, T = x0.shape
     t = ((torch.arange(B) + torch.rand(1, generator=g)) / B)[:, None]  # low-discrepancy
     own, lam, _ = noise_levels(t, position_times(x0.shape, cfg, g), cfg)
-    eps, is_noisy = torch.randn(B, T, cfg.emb_dim, generator=g), own > 0
+    noise = g if x0.device.type == "cpu" else torch.Generator(x0.device).manual_seed(
+        int(torch.randint(2 ** 62, (), generator=g)))  # much of it: drawn where it is used
+    eps = torch.randn(B, T, cfg.emb_dim, generator=noise, device=x0.device)
+    is_noisy = own > 0
     weight = is_noisy / is_noisy.sum(1, keepdim=True).clamp(min=1) / B
-    return lam.to(x0.device), eps.to(x0.device), weight.to(x0.device)
+    return lam.to(x0.device), eps, weight.to(x0.device)
 
 
 def loss_fn(model, x0, lam, eps, weight):
     """Sum of weight * cross-entropy. Not the NELBO, which ends lower when this is trained."""
-    is_noisy = weight > 0
+    is_noisy = (weight > 0).nonzero(as_tuple=True)
     logits = model(q_sample(model.embeddings()[x0], lam, eps), lam, is_noisy)
     return (F.cross_entropy(logits, x0[is_noisy], reduction="none") * weight[is_noisy]).sum()
 
@@ -491,16 +495,18 @@ def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sampl
                 loss.backward()
                 total += loss.detach()
             run.all_reduce([total] + [p.grad for p in model.parameters() if p.grad is not None])
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-            if not math.isfinite(total.item() + norm):
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            total, norm = torch.stack((total, norm)).tolist()  # here a GPU is waited for
+            if not math.isfinite(total + norm):
                 raise common.UserError(f"loss {total}, gradient {norm} at step {step}: lower --lr")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             step += 1
-            for p, q in zip(ema.parameters(), model.parameters()):  # warms up: early weights fade
-                p.lerp_(q.detach(), 1 - min(cfg.ema, (1 + step) / (10 + step)))
-            run.log_step(step, x0.numel(), total.item(), grad_norm=norm, lr=get_lr(step - 1, cfg))
+            beta = min(cfg.ema, (1 + step) / (10 + step))  # warms up: early weights fade
+            new = [p.detach() for p in model.parameters()]
+            torch._foreach_lerp_([*ema.parameters()], new, 1 - beta)
+            run.log_step(step, x0.numel(), total, grad_norm=norm, lr=get_lr(step - 1, cfg))
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 run.save(step, *state)
         if step < cfg.steps:

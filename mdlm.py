@@ -234,7 +234,7 @@ def corrupt(x0, cfg, g):
 
 def masked_ce(model, x0, xt):
     """Cross-entropy c_i of the masked tokens in nats, zero elsewhere: (B, T)."""
-    is_mask = xt != x0  # x0 holds no M
+    is_mask = (xt != x0).nonzero(as_tuple=True)  # x0 holds no M
     logits = model(xt, is_mask).float()  # (number masked, V)
     ce = torch.zeros(x0.shape, device=x0.device)
     ce[is_mask] = F.cross_entropy(logits, x0[is_mask], reduction="none")  # (E2)
@@ -398,16 +398,18 @@ def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sampl
                 loss.backward()
                 total += loss.detach()
             run.all_reduce([total] + [p.grad for p in model.parameters() if p.grad is not None])
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-            if not math.isfinite(total.item() + norm):
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            total, norm = torch.stack((total, norm)).tolist()  # here a GPU is waited for
+            if not math.isfinite(total + norm):
                 raise common.UserError(f"loss {total}, gradient {norm} at step {step}: lower --lr")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             step += 1
-            for p, q in zip(ema.parameters(), model.parameters()):  # warms up: early weights fade
-                p.lerp_(q.detach(), 1 - min(cfg.ema, (1 + step) / (10 + step)))
-            run.log_step(step, x0.numel(), total.item(), grad_norm=norm, lr=get_lr(step - 1, cfg))
+            beta = min(cfg.ema, (1 + step) / (10 + step))  # warms up: early weights fade
+            new = [p.detach() for p in model.parameters()]
+            torch._foreach_lerp_([*ema.parameters()], new, 1 - beta)
+            run.log_step(step, x0.numel(), total, grad_norm=norm, lr=get_lr(step - 1, cfg))
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 run.save(step, *state)
         if step < cfg.steps:

@@ -216,9 +216,9 @@ class Model(nn.Module):
     def embed(self, ids, logp):
         """A state as one vector, (B, T, C): e_0 of the first candidate if clean, 0 if unknown, else
         sum_j p_j (e_j + f(log p_j)) over the candidates and the other mass, whose e is 0."""
-        is_clean = logp[..., 0] == 0
-        is_between = ~is_clean & (logp[..., -1] < 0)
-        x = torch.zeros(*is_clean.shape, self.wpe.embedding_dim, device=ids.device)
+        is_clean = (logp[..., 0] == 0).nonzero(as_tuple=True)
+        is_between = ((logp[..., 0] < 0) & (logp[..., -1] < 0)).nonzero(as_tuple=True)
+        x = torch.zeros(*ids.shape[:2], self.wpe.embedding_dim, device=ids.device)
         x[is_clean] = self.wte(ids[is_clean][:, 0])
         logp = logp[is_between]  # (n, K + 1)
         slots = F.pad(self.wte(ids[is_between]), (0, 0, 0, 1))
@@ -291,15 +291,19 @@ def input_state(x, prec, z, k):
     logp[..., 0].masked_fill_(prec >= CLEAN, 0.0)
     logp[..., -1].masked_fill_(prec == 0, 0.0)
     if len(z):
-        ids[between(prec)], logp[between(prec)] = top_k_state(z, k)
+        is_between = between(prec).nonzero(as_tuple=True)
+        ids[is_between], logp[is_between] = top_k_state(z, k)
     return ids, logp
 
 
 def predict(model, x, prec, z, is_target):
     """Logits (m, V) of (E5) where `is_target`, and their self-likelihood; inputs: input_state."""
     net = model(*input_state(x, prec, z, model.k), is_target)
-    own, is_between = torch.zeros_like(net), between(prec)
-    own[is_between[is_target]] = z[is_target[is_between]]
+    is_between = between(prec)
+    if len(z) == 0:
+        return net, torch.zeros_like(net)
+    index = is_between.flatten().cumsum(0).view(prec.shape) - 1  # of each position in z
+    own = torch.where(is_between[is_target][:, None], z[index[is_target].clamp(min=0)], 0.0)
     return net + own, own  # (E5)
 
 
@@ -318,18 +322,22 @@ def corrupt(x0, cfg, g, noise_levels=noise_levels):
     prec, _ = noise_levels(t, position_times(x0.shape, cfg, g), cfg)
     is_noisy, count = prec < CLEAN, between(prec).sum(1)
     is_used = torch.arange(int(count.max())) < count[:, None]  # (B, M)
-    eps = torch.zeros(*is_used.shape, cfg.vocab_size)
-    eps[is_used] = torch.randn(int(count.sum()), cfg.vocab_size, generator=g)
+    noise = g if x0.device.type == "cpu" else torch.Generator(x0.device).manual_seed(
+        int(torch.randint(2 ** 62, (), generator=g)))  # much of it: drawn where it is used
+    eps = torch.zeros(*is_used.shape, cfg.vocab_size, device=x0.device)
+    eps[is_used.nonzero(as_tuple=True)] = torch.randn(
+        int(count.sum()), cfg.vocab_size, generator=noise, device=x0.device)
     weight = is_noisy / is_noisy.sum(1, keepdim=True).clamp(min=1) / B
-    return prec.to(x0.device), eps.to(x0.device), weight.to(x0.device)
+    return prec.to(x0.device), eps, weight.to(x0.device)
 
 
 def loss_fn(model, x0, prec, eps, weight):
     """Cross-entropy of the noisy tokens, not the NELBO: trained on it, the NELBO ends lower. A sum,
     so that the losses of micro-batches add up."""
-    is_noisy, count = weight > 0, between(prec).sum(1)
+    is_noisy, count = (weight > 0).nonzero(as_tuple=True), between(prec).sum(1)
     eps = eps[torch.arange(eps.shape[1], device=eps.device) < count[:, None]]  # (n, V)
-    z = q_sample(x0[between(prec)], prec[between(prec)], eps)
+    is_between = between(prec).nonzero(as_tuple=True)
+    z = q_sample(x0[is_between], prec[is_between], eps)
     logits, _ = predict(model, x0, prec, z, is_noisy)
     return (F.cross_entropy(logits, x0[is_noisy], reduction="none") * weight[is_noisy]).sum()
 
@@ -509,16 +517,18 @@ def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sampl
                 loss.backward()
                 total += loss.detach()
             run.all_reduce([total] + [p.grad for p in model.parameters() if p.grad is not None])
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-            if not math.isfinite(total.item() + norm):
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            total, norm = torch.stack((total, norm)).tolist()  # here a GPU is waited for
+            if not math.isfinite(total + norm):
                 raise common.UserError(f"loss {total}, gradient {norm} at step {step}: lower --lr")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             step += 1
-            for p, q in zip(ema.parameters(), model.parameters()):  # warms up: early weights fade
-                p.lerp_(q.detach(), 1 - min(cfg.ema, (1 + step) / (10 + step)))
-            run.log_step(step, x0.numel(), total.item(), grad_norm=norm, lr=get_lr(step - 1, cfg))
+            beta = min(cfg.ema, (1 + step) / (10 + step))  # warms up: early weights fade
+            new = [p.detach() for p in model.parameters()]
+            torch._foreach_lerp_([*ema.parameters()], new, 1 - beta)
+            run.log_step(step, x0.numel(), total, grad_norm=norm, lr=get_lr(step - 1, cfg))
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 run.save(step, *state)
         if step < cfg.steps:

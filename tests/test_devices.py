@@ -46,6 +46,16 @@ class Elsewhere(torch.Tensor):
         raise AssertionError(f"{func} outside of the device")
 
 
+class Generator(torch.Generator):
+    """A generator that may be of a device that is not there."""
+
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls)
+
+    def __init__(self, device="cpu"):
+        self.where = torch.device(device)
+
+
 class Arrivals(TorchFunctionMode):
     """What is moved to or made on the device, which PyTorch would refuse here."""
 
@@ -62,7 +72,8 @@ class Arrivals(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is torch.Tensor.to:
             return args[0] if isinstance(args[0], Elsewhere) else self.mode.wrap(args[0])
-        assert kwargs.get("generator") is None, f"{func} with the CPU's generator"
+        g = kwargs.get("generator")
+        assert g is None or g.where == self.mode.device, f"{func} with the CPU's generator"
         return self.mode.wrap(func(*args, **kwargs | dict(device="cpu")))
 
 
@@ -71,7 +82,7 @@ class Device(TorchDispatchMode):
 
     def __init__(self, name):
         super().__init__()
-        self.device = torch.device(name)
+        self.device, self.waits = torch.device(name), 0
 
     def wrap(self, x):
         assert self.device.type != "mps" or x.dtype != torch.float64, "float64"
@@ -120,6 +131,7 @@ def attention(q, k, v, attn_mask=None, is_causal=False):
 def device(request, monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     with Device(request.param) as mode, Arrivals(mode), torch.no_grad():
+        monkeypatch.setattr(torch, "Generator", Generator)
         yield mode
 
 
@@ -175,7 +187,42 @@ def test_the_device_refuses_what_a_device_refuses():
     with Device("mps") as mode, Arrivals(mode), torch.no_grad():
         x = mode.wrap(torch.ones(3))
         for wrong in (lambda: x + torch.ones(3), lambda: x.double(), lambda: torch.ones(3)[x > 0],
-                      lambda: torch.rand(3, device="mps", generator=torch.Generator())):
+                      lambda: torch.rand(3, device="mps", generator=Generator())):
             with pytest.raises((AssertionError, RuntimeError)):
                 wrong()
         assert (x + torch.ones(())).sum().item() == 6 and x.cpu().double().sum() == 3
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes a program wait for a GPU: numbers and sizes that depend on data."""
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::")
+        masks = tree_leaves(args[1]) if name.startswith(("index", "_index_put")) else []
+        self.count += name.startswith(("_local_scalar", "nonzero", "masked_select", "_unique")) or \
+            any(torch.is_tensor(x) and x.dtype == torch.bool for x in masks)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("script, most", [(ar, 3), (mdlm, 1), (dit_embed, 4), (bit_diffusion, 3),
+                                          (sdd, 6), (diffugpt_varlen, 1)],
+                         ids=lambda x: getattr(x, "__name__", ""))
+def test_a_training_step_seldom_waits_for_the_device(script, most):
+    """Loss, gradient and optimizers; the training loop waits once more, for loss and norm. Lengths
+    of rows of ar.py are fetched with tolist, of which PyTorch tells nothing: one of its three."""
+    cfg = script.Config(vocab_size=12, seq_len=10, n_layer=1, n_head=2, n_embd=8, rows="docs", eos=0)
+    torch.manual_seed(0)
+    model, g = script.Model(cfg), torch.Generator().manual_seed(0)
+    optimizers, x0 = script.make_optimizers(model, cfg), torch.randint(1, 12, (4, 10))
+    parts = (x0, 0.1, cfg) if script is ar else script.corrupt(x0, cfg, g)
+    parts = parts if script in (ar, diffugpt_varlen) else (x0, *parts)
+    for _ in range(2):  # the first step makes the state of the optimizers
+        with Waits() as waits:
+            script.loss_fn(model, *parts).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    assert waits.count + (script is ar) == most
