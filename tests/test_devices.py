@@ -211,7 +211,8 @@ class Waits(TorchDispatchMode):
 def test_a_training_step_seldom_waits_for_the_device(script, most):
     """Loss, gradient and optimizers; the training loop waits once more, for loss and norm. Lengths
     of rows of ar.py are fetched with tolist, of which PyTorch tells nothing: one of its three."""
-    cfg = script.Config(vocab_size=12, seq_len=10, n_layer=1, n_head=2, n_embd=8, rows="docs", eos=0)
+    cfg = script.Config(vocab_size=12, seq_len=10, n_layer=1, n_head=2, n_embd=8, rows="docs",
+                        eos=0)
     torch.manual_seed(0)
     model, g = script.Model(cfg), torch.Generator().manual_seed(0)
     optimizers, x0 = script.make_optimizers(model, cfg), torch.randint(1, 12, (4, 10))
