@@ -176,8 +176,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(cfg.n_embd, bias=False), Attention(cfg)
-        self.norm2, self.mlp = nn.LayerNorm(cfg.n_embd, bias=False), MLP(cfg)
+        self.norm1, self.attn = nn.RMSNorm(cfg.n_embd), Attention(cfg)
+        self.norm2, self.mlp = nn.RMSNorm(cfg.n_embd), MLP(cfg)
 
     def forward(self, x, positions, ada, is_target=None):
         """ada: six (B, T, C) that scale and shift. adaLN-zero (Peebles and Xie 2023, section 3.2):
@@ -211,7 +211,7 @@ class Model(nn.Module):
         self.ada_heads = nn.ModuleList(nn.Linear(cfg.n_embd, 6 * cfg.n_embd)
                                        for _ in range(cfg.n_layer))  # not in blocks: no Muon
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.norm = nn.LayerNorm(cfg.n_embd, bias=False)
+        self.norm = nn.RMSNorm(cfg.n_embd)
         self.head = nn.Linear(cfg.n_embd, cfg.vocab_size)
         for name, p in self.named_parameters():
             if name.startswith("ada") or name.endswith(("proj.weight", "head.weight", "bias")):

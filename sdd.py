@@ -180,8 +180,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(cfg.n_embd, bias=False), Attention(cfg)
-        self.norm2, self.mlp = nn.LayerNorm(cfg.n_embd, bias=False), MLP(cfg)
+        self.norm1, self.attn = nn.RMSNorm(cfg.n_embd), Attention(cfg)
+        self.norm2, self.mlp = nn.RMSNorm(cfg.n_embd), MLP(cfg)
 
     def forward(self, x, positions, is_target=None):
         x = x + self.attn(self.norm1(x), positions)
@@ -205,7 +205,7 @@ class Model(nn.Module):
         self.wpe = nn.Embedding(cfg.seq_len, cfg.n_embd)
         self.conv = nn.Conv1d(cfg.n_embd, cfg.n_embd, 7, padding=3, groups=cfg.n_embd, bias=False)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.norm = nn.LayerNorm(cfg.n_embd, bias=False)
+        self.norm = nn.RMSNorm(cfg.n_embd)
         self.head = nn.Linear(cfg.n_embd, cfg.vocab_size)
         for name, p in self.named_parameters():
             if name.endswith(("proj.weight", "head.weight", "bias")):  # so the first bound is ln V
