@@ -319,10 +319,11 @@ def orthogonalize(G):
 
 class Muon(torch.optim.Optimizer):
     """torch.optim.Muon for networks like these: matrices of one shape are orthogonalised together,
-    and in bfloat16 only where the hardware multiplies it."""
+    in bfloat16 only where `dtype` (of --dtype) is that or the hardware multiplies it."""
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.05):
+    def __init__(self, params, lr, dtype="auto", momentum=0.95, weight_decay=0.05):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
@@ -338,7 +339,7 @@ class Muon(torch.optim.Optimizer):
                 grads, old = [p.grad for p in several], [self.state[p]["momentum"] for p in several]
                 torch._foreach_lerp_(old, grads, 1 - group["momentum"])
                 G = torch._foreach_lerp(grads, old, group["momentum"])  # Nesterov's
-                dtype = getattr(torch, pick_dtype("auto", several[0].device))
+                dtype = getattr(torch, pick_dtype(self.dtype, several[0].device))
                 X = torch.stack([g.mT if g.shape[0] > g.shape[1] else g for g in G]).to(dtype)
                 n = 1 if X.device.type == "cpu" else len(X)  # one by one they stay in its cache
                 X = torch.cat([orthogonalize(x) for x in X.split(n)]).to(several[0].dtype)

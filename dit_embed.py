@@ -453,7 +453,7 @@ def make_optimizers(model, cfg):
     hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
     embed = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     rest = [p for p in model.parameters() if not any(p is other for other in hidden + embed)]
-    return [common.Muon([dict(params=hidden, scale=1.0)], cfg.lr, weight_decay=0.05),
+    return [common.Muon([dict(params=hidden, scale=1.0)], cfg.lr, cfg.dtype),
             torch.optim.AdamW([dict(params=embed, scale=10.0), dict(params=rest, scale=3.0)],
                               cfg.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
 
