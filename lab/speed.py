@@ -1,17 +1,15 @@
-"""Measure speed, as ratios in one run: what all six scripts gain, and what they cost.
+"""Measure speed, all six scripts against each other and a nanoGPT-style step, in one run.
 
-    python lab/speed.py                  everything, seven minutes: writes results/speed.json
+    python lab/speed.py                  everything, eight minutes: writes results/speed.json
     python lab/speed.py train sample     only these parts
 
-Parts: memory (peak of training), start (--help and the first step), train (against the same network
-trained plainly: fused attention, logits at every position, float32 or bfloat16; share of the
-machine's bfloat16 matrix products; loading of data) and sample (few steps and one token a step,
-against ar.py with its cache). Whatever is compared
-takes turns, call by call, and medians are kept: a noisy machine slows all alike.
+Parts: memory (peak of training), start (--help and the first step), train (against the step of
+`Reference`, on one thread and on two, in float32 and, where the hardware multiplies it, bfloat16;
+eager and compiled) and sample (few steps and one token a step, against ar.py with its cache).
+Whatever is compared takes turns, call by call, and medians are kept: a noisy machine slows all
+alike.
 """
-import contextlib
 import functools
-import inspect
 import json
 import statistics
 import subprocess
@@ -19,25 +17,23 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from unittest import mock
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `python lab/speed.py`
 import ar
 import common
 import diffugpt_varlen
-import dit_embed
 from lab import decoding, mdlm_variants, methods
 from lab.methods import IDEAS, ancestral, default_sampler, device_of, script_of
 
 TARGET = ROOT / "results/speed.json"
 SCRIPTS = {name: script_of(name) for name in IDEAS}
-BF16 = torch.autocast("cpu", torch.bfloat16)
-FP32 = torch.autocast("cpu", enabled=False)
+AUTO = common.pick_dtype("auto", torch.device("cpu"))
+AMP = torch.autocast("cpu", torch.bfloat16, enabled=AUTO == "bfloat16")
 ONE = "ancestral"  # temperature 1, one token a step
 PLAIN = dict(order="random", num_steps=160, temperature=1.0, remask="none")
 MDLM = {  # settings of lab/decoding.py that are timed besides the two of mdlm.py
@@ -50,126 +46,119 @@ MDLM = {  # settings of lab/decoding.py that are timed besides the two of mdlm.p
 }
 
 
-def race(works, rounds, warm):
+def race(works, rounds, warm, clock=None):
     """Median seconds of `works`, name -> function, called in turn; `warm` rounds do not count."""
+    clock = clock or time.perf_counter
     times = {name: [] for name in works}
     for _ in range(warm + rounds):
         for name, work in works.items():
-            start = time.perf_counter()
+            start = clock()
             work()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(several[warm:]) for name, several in times.items()}
 
 
-def build(script):
+def build(script, dtype="auto"):
     """The default Config of a script, a new network, its optimizers, a generator, and a function
     that draws a batch."""
     g = torch.Generator().manual_seed(0)
-    cfg = script.Config(**(dict(init_from="scratch") if script is diffugpt_varlen else {}))
+    own = dict(init_from="scratch") if script is diffugpt_varlen else {}
+    cfg = script.Config(dtype=dtype, **own)
     batch = functools.partial(script.get_batch, script.load_data(cfg).train, cfg, g)
     torch.manual_seed(0)
     model = script.Model(cfg)
     return cfg, model, script.make_optimizers(model, cfg), g, batch
 
 
-def step(script, loss_fn, cfg, model, optimizers, g, batch, amp=BF16):
-    """One optimizer step: data, loss, backward, both optimizers."""
+def step(script, loss_fn, cfg, model, optimizers, g, batch, amp=AMP):
+    """One optimizer step: data, loss, backward, clipping, both optimizers."""
     with amp:
         loss = loss_fn(script, model, cfg, batch().to(device_of(model)), g)
     loss.item()  # a GPU is waited for
     loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
 
 
-def plain_attention(self, x, positions, kv_cache=None):
-    """Attention.forward with PyTorch's fused attention."""
-    B, T, C = x.shape
-    q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-    q, k = (ar.rotate(F.layer_norm(y, y.shape[3:]), positions) for y in (q, k))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=isinstance(self, ar.Attention))
-    return self.proj(y.transpose(1, 2).reshape(B, T, C))
+class Block(nn.Module):
+    """A block of nanoGPT: LayerNorm, fused causal attention, GELU."""
+
+    def __init__(self, C, n_head):
+        super().__init__()
+        self.n_head, self.ln_1, self.ln_2 = n_head, nn.LayerNorm(C), nn.LayerNorm(C)
+        self.qkv, self.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.fc, self.out = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.qkv(self.ln_1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return x + self.out(F.gelu(self.fc(self.ln_2(x))))
 
 
-def plain_gpt2_attention(self, x, attention_mask):
-    """The same for diffugpt_varlen.py."""
-    B, T, C = x.shape
-    q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-    y = F.scaled_dot_product_attention(q, k, v, attention_mask)
-    return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+class Reference(nn.Module):
+    """The network of nanoGPT (github.com/karpathy/nanoGPT) at the size of the scripts': learned
+    positions, logits at every position, head and embedding one matrix of deviation 0.02."""
+
+    def __init__(self, V=2048, T=160, n_layer=4, n_head=4, C=192):
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(V, C), nn.Embedding(T, C)
+        self.blocks = nn.ModuleList(Block(C, n_head) for _ in range(n_layer))
+        self.ln = nn.LayerNorm(C)
+        for name, p in self.named_parameters():
+            if p.dim() > 1:
+                last = name.endswith(("proj.weight", "out.weight"))
+                nn.init.normal_(p, std=0.02 / ((2 * n_layer) ** 0.5 if last else 1))
+
+    def forward(self, x, target):
+        x = self.wte(x) + self.wpe.weight[:x.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits = F.linear(self.ln(x), self.wte.weight)
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
-def plain_ar(script, model, cfg, x0, g):
-    """The loss of ar.py the plain way: whole rows, logits everywhere."""
-    inputs = torch.cat((torch.full_like(x0[:, :1], cfg.bos), x0[:, :-1]), 1)
-    ce = F.cross_entropy(model(inputs).flatten(0, 1), x0.flatten(), reduction="none")
-    return ce[ar.is_scored(x0, cfg).flatten()].mean()
+def reference_step(amp):
+    """A function that trains Reference for a step, with AdamW, on the batches of ar.py."""
+    cfg, _, _, _, batch = build(ar, "float32")
+    model = Reference(cfg.vocab_size, cfg.seq_len)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
 
-
-@contextlib.contextmanager
-def plainly(script):
-    """In this context the network of a script has fused attention and computes logits everywhere;
-    the loss takes those that it scores."""
-    forward = script.Model.forward
-    names = list(inspect.signature(forward).parameters)[1:]
-
-    def everywhere(self, *inputs, **named):
-        given = dict(zip(names, inputs)) | named
-        target = given.pop("is_target", None)
-        logits = forward(self, **given)
-        return logits if target is None else logits[target]
-
-    attention = plain_gpt2_attention if script is diffugpt_varlen else plain_attention
-    with mock.patch.object(script.Model, "forward", everywhere), \
-            mock.patch.object(script.Attention, "forward", attention):
-        yield
-
-
-@contextlib.contextmanager
-def softmax_everywhere(model):
-    """In this context a network of dit_embed.py takes no position for clean: all but pure noise go
-    through the softmax over the vocabulary, as at first."""
-    kept, model.high = model.high, model.high + 1
-    yield
-    model.high = kept
+    def step():
+        x = batch()
+        inputs = torch.cat((torch.full_like(x[:, :1], cfg.bos), x[:, :-1]), 1)
+        with amp:
+            loss = model(inputs, x)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
 
 
 def train():
-    """Positions of rows per second of training, as the script does it and plainly; of loading."""
-    out, matrix = {}, torch.randn(2048, 2048, dtype=torch.bfloat16)
-    for name, script in SCRIPTS.items():
-        made = cfg, model, *_, batch = build(script)
-
-        def take(context=contextlib.nullcontext(), loss_fn=methods.loss, amp=BF16):
-            with context:
-                step(script, loss_fn, *made, amp)
-
-        plain = plain_ar if script is ar else methods.loss
-        works = dict(script=take, data=batch,
-                     plain_bfloat16=lambda: take(plainly(script), plain),
-                     plain_float32=lambda: take(plainly(script), plain, FP32),
-                     peak=lambda: matrix @ matrix)
-        if script is dit_embed:
-            works["before"] = lambda: take(softmax_everywhere(model))
-        took = race(works, 11, warm=2)
-        with FlopCounterMode(display=False) as counter:  # matrix products and convolutions
-            for _ in range(4):  # sizes are random
-                take()
-        rows, gflop = cfg.batch_size * cfg.seq_len, counter.get_total_flops() / 4e9
-        speed = {key: rows / took[key] for key in ("plain_float32", "plain_bfloat16", "script")}
-        row = out[f"train_{name}"] = dict(
-            tokens_per_second=speed.pop("script"), **speed, gflop=gflop,
-            ratio=took["plain_float32"] / took["script"],
-            ratio_bfloat16=took["plain_bfloat16"] / took["script"],
-            gflops=gflop / took["script"], peak_gflops=2 * 2.048 ** 3 / took["peak"])
-        row["share_of_peak"] = row["gflops"] / row["peak_gflops"]
-        out[f"data_{name}"] = dict(tokens_per_second=rows / took["data"],
-                                   share_of_step=took["data"] / took["script"])
-        if script is dit_embed:
-            out["clean_train"] = dict(before=took["before"], after=took["script"],
-                                        ratio=took["before"] / took["script"])
-    out["peak_gflops"] = statistics.median(out[f"train_{name}"]["peak_gflops"] for name in SCRIPTS)
+    """Positions of rows per second of CPU time, and those of the reference are 1."""
+    out, before = {}, torch.get_num_threads()
+    for dtype in dict.fromkeys(("float32", AUTO)):
+        amp = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+        works = {"reference": reference_step(amp)}
+        for name, script in SCRIPTS.items():
+            for compiled in (False, True) if name in ("ar", "mdlm") else (False,):
+                made = build(script, dtype)
+                for block in made[1].blocks if compiled else []:
+                    block.compile()
+                works[name + "_compiled" * compiled] = functools.partial(
+                    step, script, methods.loss, *made, amp)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            took = race(works, 9, 3, time.process_time)
+            out[f"train_{dtype}_{threads}"] = {name: dict(
+                tokens_per_cpu_second=16 * 160 / seconds, ratio=took["reference"] / seconds)
+                for name, seconds in took.items()}
+    torch.set_num_threads(before)
     return out
 
 
@@ -186,17 +175,16 @@ def sample():
     plans |= {(name, "default"): default_sampler(SCRIPTS[name], cfg)
               for name, cfg in default.items() if name != "ar"}
     lab_model = mdlm_variants.Model(decoding.Config(**fixed))
-    default_dit = plans["dit_embed", "default"]
     for n in (1, 16):
         nfe, canvas = {}, torch.full((n, 160), 2048)
 
-        def draw(key, cfg, context=contextlib.nullcontext()):
+        def draw(key, cfg):
             g = torch.Generator().manual_seed(0)
-            with BF16, context:
+            with AMP:
                 _, nfe[key] = methods.sample(SCRIPTS[key[0]], networks[key[0]], cfg, n, g)
 
         def decode(how):
-            with BF16:
+            with AMP:
                 cfg = decoding.Config(**fixed, **MDLM[how])
                 _, nfe["mdlm", how] = decoding.decode(lab_model, canvas, cfg,
                                                       torch.Generator().manual_seed(0))
@@ -204,7 +192,7 @@ def sample():
         def uncached():
             """ar.sample that sends the whole past through the network for each token."""
             x, cfg = torch.full((n, 161), 0), plans["ar", ONE]
-            with BF16, torch.no_grad():
+            with AMP, torch.no_grad():
                 for i in range(160):
                     logits = networks["ar"](x[:, :i + 1])[:, -1].float()
                     x[:, i + 1] = ar.categorical(ar.filter_logits(logits, cfg),
@@ -213,8 +201,6 @@ def sample():
         works = {key: functools.partial(draw, key, cfg) for key, cfg in plans.items()}
         works |= {("mdlm", how): functools.partial(decode, how) for how in MDLM}
         works["uncached"] = uncached
-        works["before"] = lambda: draw(("dit_embed", ""), default_dit,
-                                       softmax_everywhere(networks["dit_embed"]))
         took = race(works, 2, warm=n == 1)
         cached = took["ar", ONE]
         out[f"sample_ar_{n}"] = dict(cached=cached, uncached=took["uncached"],
@@ -223,9 +209,6 @@ def sample():
             seconds=took[key], nfe=nfe[key], times_ar_cached=took[key] / cached)
             for key in works if isinstance(key, tuple) and key[0] != "ar"
             for name, how in [key]}
-        after = took["dit_embed", "default"]
-        out[f"clean_sample_{n}"] = dict(before=took["before"], after=after,
-                                          ratio=took["before"] / after)
     return out
 
 
@@ -294,7 +277,7 @@ def main(argv):
     out = json.loads(TARGET.read_text()) if argv else {}
     out |= dict(command="python lab/speed.py", seed=0, torch=torch.__version__,
                 machine=common.machine(torch.device("cpu")), threads=torch.get_num_threads(),
-                bfloat16=common.pick_dtype("auto", torch.device("cpu")) == "bfloat16",
+                bfloat16=AUTO == "bfloat16",
                 redone=sorted({*out.get("redone", []), *argv}))
     for name, part in PARTS.items():
         if not argv or name in argv:

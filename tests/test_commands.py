@@ -33,9 +33,9 @@ BEGIN = {  # what a command of lab/ calls once its arguments are understood
                     ("run", "draw")),
     "compare": ("train", "measure", "publish", "spread", "make_film"), "compare_page": ["publish"],
     "collect": ["collect"], "film": ["load"], "methods": ["load"], "metrics": ["load_judge"],
-    "ngram": ["load_data"], "pretrained": ["export"]}
+"ngram": ["load_data"], "pretrained": ["export"]}
 STOPPED = ("scaling", "heads", "codes", "vocabulary", "leak", "candidates", "adaptation", "compare",
-           "speed", "pretrained")  # of these no feature is run here
+           "speed", "gpu_check", "pretrained")  # of these no feature is run here
 
 
 def written_down():
@@ -72,6 +72,7 @@ def idle(monkeypatch, tmp_path):
         (tmp_path / "out/mdlm" / name).write_text(text)
     monkeypatch.setattr(common, "load_config", lambda Config, out, **_: Config())
     monkeypatch.setattr(common, "Run", stop)
+    monkeypatch.setattr(common, "pick_device", stop)
     for script in SCRIPTS:
         monkeypatch.setattr(script, "train", stop)
     for part in ("show_samples", "plot_loss"):  # some commands switch them off
@@ -274,6 +275,24 @@ def test_runs_are_listed_filmed_and_kept(home, capsys):
                        ("collect", ["nowhere", str(home / "none.jsonl")]), ("collect", ["one"])):
         with pytest.raises(common.UserError):
             LAB[name].main(argv)
+
+
+def test_the_check_of_a_gpu_on_a_cpu(capsys, monkeypatch, tmp_path):
+    """All that it does but compiling, and that another loss on the device is said."""
+    for part in ("show_samples", "plot_loss"):
+        monkeypatch.setattr(common, part, lambda *_: None)
+    found = said("gpu_check", capsys, "--device", "cpu", "--tiny", "--out", tmp_path)
+    made = json.loads((tmp_path / "gpu.json").read_text())
+    for script in SCRIPTS:
+        row = made[script.__name__]
+        assert row["loss_differs"] == 0 and row["last_loss"] < 8 and row["eager"]["batch_size"] in (
+            2, 4) and row["eager"]["flop_per_token"] > 1e5 and script.__name__ in found
+    check = LAB["gpu_check"]
+    monkeypatch.setattr(check, "runs", lambda *_: dict(first_loss=1.0, last_loss=1.0))
+    monkeypatch.setattr(check, "speed", lambda *_: made["ar"]["eager"])
+    monkeypatch.setattr(check, "parity", lambda script, *_: (2e-3 * (script is mdlm), 0.0))
+    with pytest.raises(common.UserError, match="another one on cpu: mdlm$"):
+        check.main(["--device", "cpu", "--tiny", "--out", str(tmp_path)])
 
 
 def test_text_metrics_count_what_they_say():

@@ -1,56 +1,39 @@
-"""What lab/speed.py compares are the same losses of the same networks."""
-import contextlib
+"""lab/speed.py: the reference step, and how it is measured."""
 import json
+import math
 
 import pytest
 import torch
 
+import ar
 import common
-from lab import methods, speed
+from lab import speed
 
-SMALL = dict(vocab_size=30, eos=0, rows="docs", seq_len=12, n_layer=1, n_head=2, n_embd=16)
-
-
-def small(script):
+def test_the_reference_is_a_causal_network_that_begins_at_ln_V():
     torch.manual_seed(0)
-    cfg = script.Config(**SMALL, **(dict(bos=0) if hasattr(script.Config, "bos") else {}))
-    model = script.Model(cfg)
+    model, x = speed.Reference(30, 12, 2, 2, 16), torch.randint(30, (4, 12))
+    model.requires_grad_(False)
+    assert model(x, x).item() == pytest.approx(math.log(30), abs=0.05)
     for p in model.parameters():  # not uniform
         torch.nn.init.normal_(p, std=0.3)
-    return cfg, model, torch.randint(30, (8, 12), generator=torch.Generator().manual_seed(1))
+    target = torch.full_like(x, -100)  # is ignored
+    target[:, 5] = x[:, 5]
+    other = torch.cat((x[:, :6], 29 - x[:, 6:]), 1)
+    assert model(x, target).item() == pytest.approx(model(other, target).item(), abs=1e-5)
+    other[:, 4] = (other[:, 4] + 1) % 30
+    assert abs(model(x, target) - model(other, target)) > 1e-3
 
 
-@pytest.mark.parametrize("name", speed.SCRIPTS)
-def test_plain_training_has_the_same_loss_and_gradient(name):
-    script, found = speed.SCRIPTS[name], []
-    cfg, model, x0 = small(script)
-    forward, inside = script.Model.forward, script.Attention.forward
-    loss_fn = speed.plain_ar if name == "ar" else methods.loss
-    for loss, context in ((methods.loss, contextlib.nullcontext()),
-                          (loss_fn, speed.plainly(script))):
-        with context:
-            loss(script, model, cfg, x0, torch.Generator().manual_seed(2)).backward()
-        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-        model.zero_grad()
-    assert found[0].norm() > 0.01
-    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
-    assert (script.Model.forward, script.Attention.forward) == (forward, inside)
-
-
-def test_a_softmax_over_clean_positions_changes_nothing_but_time():
-    script, asked = speed.dit_embed, []
-    cfg, model, x0 = small(script)
-    high, low = model.high, model.low
-    lam = torch.tensor([high, (high + low) / 2, low]).repeat(8, 4)
-    self_likelihood = script.Model.self_likelihood
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script.Model, "self_likelihood", lambda *inputs: (
-            asked.append(inputs[2].numel()), self_likelihood(*inputs))[1])
-        before = model.high
-        with speed.softmax_everywhere(model):
-            model(script.q_sample(model.embeddings()[x0], lam, torch.zeros(8, 12, 16)), lam)
-        model(script.q_sample(model.embeddings()[x0], lam, torch.zeros(8, 12, 16)), lam)
-    assert model.high == before and asked[:2] == [64, 0] and asked[3:5] == [32, 32]
+def test_a_step_of_the_reference_learns(monkeypatch):
+    monkeypatch.setattr(speed, "build", lambda script, dtype: (
+        ar.Config(vocab_size=30, seq_len=12), 0, 0, 0, lambda: torch.full((4, 12), 7)))
+    losses, forward = [], speed.Reference.forward
+    monkeypatch.setattr(speed.Reference, "forward", lambda *parts: (
+        losses.append(forward(*parts)), losses[-1])[1])
+    step = speed.reference_step(torch.autocast("cpu", enabled=False))
+    for _ in range(20):
+        step()
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_a_race_calls_in_turn_and_leaves_out_the_first_rounds(monkeypatch):
