@@ -154,6 +154,7 @@ def train():
                     step, script, methods.loss, *made, amp)
         for threads in (1, 2):
             torch.set_num_threads(threads)
+            torch.compiler.reset()  # what was compiled for other numbers of threads
             took = race(works, 9, 3, time.process_time)
             out[f"train_{dtype}_{threads}"] = {name: dict(
                 tokens_per_cpu_second=16 * 160 / seconds, ratio=took["reference"] / seconds)

@@ -130,13 +130,17 @@ def adaptation(made):
 
 def speed(made):
     """Two tables: training, and samples relative to ar.py (ancestral and default, batch 1, 16)."""
-    for name in ("ar", "mdlm", "dit_embed", "bit_diffusion", "sdd", "diffugpt_varlen"):
-        row, start = made[f"train_{name}"], made[f"start_{name}"]
-        yield (f"| `{name}.py` | {row['tokens_per_second']:,.0f} | {row['ratio']:.1f} | "
-               f"{row['ratio_bfloat16']:.1f} | {row['share_of_peak']:.0%} | "
-               f"{made[f'memory_{name}']['mib']:,.0f} | {start['help']:.1f} | "
-               f"{start['first_step']:.1f} |")
-        if name != "ar":
+    float32, bfloat16 = made["train_float32_1"], made.get("train_bfloat16_1", {})
+    for name, row in float32.items():
+        label = {"reference": "nanoGPT's step", "ar_compiled": "`ar.py --compile`",
+                 "mdlm_compiled": "`mdlm.py --compile`"}.get(name, f"`{name}.py`")
+        line = f"| {label} | {row['tokens_per_cpu_second']:,.0f} | {row['ratio']:.2f} | "
+        line += f"{bfloat16[name]['tokens_per_cpu_second']:,.0f} | {bfloat16[name]['ratio']:.2f} |"
+        if f"start_{name}" in made:
+            start = made[f"start_{name}"]
+            line += f" {made[f'memory_{name}']['mib']:,.0f} | {start['first_step']:.1f} |"
+        yield line
+        if f"sample_{name}_1_default" in made:
             shown = [made[f"sample_{name}_{n}_{how}"]["times_ar_cached"]
                      for how in ("ancestral", "default") for n in (1, 16)]
             yield f"| `{name}.py` | " + " | ".join(f"{v:.1f}" for v in shown) + " |"
