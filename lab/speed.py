@@ -1,6 +1,6 @@
 """Measure speed, all six scripts against each other and a nanoGPT-style step, in one run.
 
-    python lab/speed.py                  everything, eight minutes: writes results/speed.json
+    python lab/speed.py                  everything, 20 minutes: writes results/speed.json
     python lab/speed.py train sample     only these parts
 
 Parts: memory (peak of training), start (--help and the first step), train (against the step of
@@ -275,15 +275,16 @@ def main(argv):
     common.show_help(argv, __doc__)
     if not set(argv) <= set(PARTS):
         raise common.UserError(f"parts are {', '.join(PARTS)}, not {' '.join(argv)}")
-    out = json.loads(TARGET.read_text()) if argv else {}
-    out |= dict(command="python lab/speed.py", seed=0, torch=torch.__version__,
-                machine=common.machine(torch.device("cpu")), threads=torch.get_num_threads(),
-                bfloat16=AUTO == "bfloat16",
-                redone=sorted({*out.get("redone", []), *argv}))
+    about = dict(command=" ".join(["python lab/speed.py", *argv]), seed=0, torch=torch.__version__,
+                 machine=common.machine(torch.device("cpu")), threads=torch.get_num_threads(),
+                 bfloat16=AUTO == "bfloat16")
+    out = json.loads(TARGET.read_text()) if argv else about
     for name, part in PARTS.items():
         if not argv or name in argv:
             begun = time.perf_counter()
             out |= part()
+            if argv:  # another machine or time than that of the other parts
+                out[f"made_{name}"] = about
             out[f"seconds_{name}"] = time.perf_counter() - begun
     text = json.dumps(out, indent=1)
     TARGET.write_text(text + "\n")

@@ -50,6 +50,7 @@ def test_parts_that_are_named_leave_the_others_as_they_were(tmp_path, monkeypatc
     speed.main([])
     speed.main(["b"])
     made = json.loads((tmp_path / "speed.json").read_text())
-    assert (made["x"], made["y"], made["redone"]) == (1, 1, ["b"])
+    assert (made["x"], made["y"], made["command"]) == (1, 1, "python lab/speed.py")
+    assert made["made_b"]["command"] == "python lab/speed.py b" and "made_a" not in made
     with pytest.raises(common.UserError, match="not c"):
         speed.main(["c"])
