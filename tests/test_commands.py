@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -277,8 +278,12 @@ def test_runs_are_listed_filmed_and_kept(home, capsys):
             LAB[name].main(argv)
 
 
+CACHE = os.environ.get("TEXT_DIFFUSION_CACHE", str(ROOT / "data/cache"))  # not that of `home`
+
+
 def test_the_check_of_a_gpu_on_a_cpu(capsys, monkeypatch, tmp_path):
     """All that it does but compiling, and that another loss on the device is said."""
+    monkeypatch.setenv("TEXT_DIFFUSION_CACHE", CACHE)
     for part in ("show_samples", "plot_loss"):
         monkeypatch.setattr(common, part, lambda *_: None)
     found = said("gpu_check", capsys, "--device", "cpu", "--tiny", "--out", tmp_path)
