@@ -53,7 +53,8 @@ def parse(Config, presets, argv):
     except SystemExit as stop:
         if stop.code == 0:  # --help
             raise
-        raise UserError(" ".join(re.sub("[│╭╮╰╯─]+", " ", heard.getvalue()).split())) from None
+        said = re.sub("[│╭╮╰╯─]+|-{3,}", " ", heard.getvalue())
+        raise UserError(" ".join(said.split())) from None
     check(cfg, default if stored else cfg)
     return command, cfg
 

@@ -127,6 +127,35 @@ def test_lab_files_start_by_path_and_as_modules(how):
         assert LAB[name].__doc__.split("\n")[0] in done.stdout
 
 
+MISTAKES = [(f"lab.{name}", "--nonsense") for name in LAB] + [
+    (f"lab.{name}", "--out nothing") for name in (
+        "mdlm_eval", "varlen_eval", "figures", "film", "methods")] + [
+    (f"lab.{name}", flags) for name, flags in (
+    ("noise_eval", "--script sdd --out nothing"), ("noise_eval", "--script x"), ("speed", "x"),
+    ("benchmarks", "cloze:nothing --out nothing"), ("metrics", "--samples nothing"),
+    ("collect", "nothing"), ("compare", "--budget x"), ("compare", "--seeds x"), ("leak", "x"),
+    ("compare_page", "nothing"), ("pretrained", "export a"), ("gpu_check", "--device x"),
+    ("ar_extra", "eval --out nothing"), ("decoding", "sample --out nothing"))] + [
+    ("data.prepare", flags) for flags in (
+        "--nonsense", "nothing.txt", "tales --tokenizer x", "tales --vocab-size 1",
+        "tales --max-docs x", "tales --max-docs -1", "nothing/", "nobody/nothing",
+        "tales --tokenizer byte --vocab-size 300", "tales --split x", "tales --split lines",
+        "tales --tokenizer hf:nothing.json", ". --tokenizer gpt2 --vocab-size 9999999")]
+
+
+@pytest.mark.parametrize("module, flags", MISTAKES)
+def test_a_mistake_in_lab_or_prepare_is_told(module, flags, monkeypatch, capsys, tmp_path):
+    """Exit code 2, the word that is wrong, no traceback and nothing left. Those of the scripts are
+    in test_common.py."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [module, *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        common.run_main(importlib.import_module(module).main)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and 20 < len(said) < 2000 and "Traceback" not in said
+    assert not [*tmp_path.rglob("*.*")]
+
+
 # ---- lab commands on tiny checkpoints ------------------------------------------------------------
 
 FLAGS = ("--tokenizer byte --n-layer 1 --n-head 2 --n-embd 32 --seq-len 64 --batch-size 4 "
