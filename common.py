@@ -320,7 +320,7 @@ def orthogonalize(G):
 
 class Muon(torch.optim.Optimizer):
     """torch.optim.Muon for networks like these: matrices of one shape are orthogonalised together,
-    in bfloat16 only where `dtype` (of --dtype) is that or the hardware multiplies it."""
+    in `dtype`; auto (as in --dtype) is bfloat16 where the hardware multiplies it, else float32."""
 
     def __init__(self, params, lr, dtype="auto", momentum=0.95, weight_decay=0.05):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))

@@ -234,7 +234,7 @@ def corrupt(x0, cfg, g):
 
 def masked_ce(model, x0, xt):
     """Cross-entropy c_i of the masked tokens in nats, zero elsewhere: (B, T)."""
-    is_mask = (xt != x0).nonzero(as_tuple=True)  # x0 holds no M
+    is_mask = (xt != x0).nonzero(as_tuple=True)  # x0 holds no M; indices: a GPU waits once
     logits = model(xt, is_mask).float()  # (number masked, V)
     ce = torch.zeros(x0.shape, device=x0.device)
     ce[is_mask] = F.cross_entropy(logits, x0[is_mask], reduction="none")  # (E2)

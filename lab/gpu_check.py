@@ -1,4 +1,4 @@
-"""Does everything run on a GPU, and how fast? One table, results/gpu.json; eight minutes at most.
+"""Does everything run on a GPU, and how fast? One table, results/gpu.json. Not yet run on a GPU.
 
     python lab/gpu_check.py                            on a CUDA device
     python lab/gpu_check.py --text stories.txt         and mdlm.py --preset small for five minutes
@@ -30,7 +30,7 @@ from data.files import read_log
 from lab.methods import IDEAS, loss, script_of
 from lab.speed import step
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}  # bf16/s
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}  # bfloat16
 TOY = dict(rows="stream", seq_len=24, n_layer=1, n_head=2, n_embd=32, batch_size=4, warmup=2)
 
 
