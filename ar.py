@@ -50,7 +50,7 @@ class Config:
     seed: int = 1337  # of weights, batches and noise
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 is autocast
-    compile: bool = False  # torch.compile: half a minute first, then faster
+    compile: Literal["auto", "yes", "no"] = "auto"  # auto: if 5000 steps or more repay it
     # model
     seq_len: int = 160  # tokens per row
     n_layer: int = 4
@@ -310,8 +310,7 @@ def train(cfg, sample=sample):
         g = torch.Generator().manual_seed(cfg.seed)
         state = data.tokenizer, model, ema, optimizers, g  # all that a checkpoint holds
         step = run.resume(*state) if cfg.resume else 0
-        for block in model.blocks if cfg.compile else []:  # the head's input changes its length
-            block.compile()
+        common.compile_blocks(model.blocks, cfg, run.device)
         run.begin(step, model, data)
         while step < cfg.steps and not run.stopping():
             if step % cfg.eval_every == 0:

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import textwrap
@@ -98,6 +99,16 @@ def pick_dtype(name, device):
     fast = (cpu.get("avx512_bf16") or cpu.get("amx_bf16") or cpu.get("amx_tile") or
             device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     return name if name != "auto" else "bfloat16" if fast else "float32"
+
+
+def compile_blocks(blocks, cfg, device):
+    """torch.compile for --compile yes; for auto if there is a C++ compiler and the run repays the
+    minute that it takes. Blocks only: the head's input has another length at every step."""
+    able = device.type != "mps" and any(map(shutil.which, ("g++", "clang++", "cl")))
+    if cfg.compile == "yes" or cfg.compile == "auto" and able and cfg.steps >= 5000:
+        torch._dynamo.config.suppress_errors = cfg.compile == "auto"  # what fails runs as it is
+        for block in blocks:
+            block.compile()
 
 
 def machine(device):

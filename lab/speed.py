@@ -2,15 +2,20 @@
 
     python lab/speed.py                  everything, 20 minutes: writes results/speed.json
     python lab/speed.py train sample     only these parts
+    python lab/speed.py quality          what is learned in equal times, 40 minutes
 
 Parts: memory (peak of training), start (--help and the first step), train (against the step of
 `Reference`, on one thread and on two, in float32 and, where the hardware multiplies it, bfloat16;
-eager and compiled) and sample (few steps and one token a step, against ar.py with its cache).
-Whatever is compared takes turns, call by call, and medians are kept: a noisy machine slows all
+eager and compiled), sample (few steps and one token a step, against ar.py with its cache) and, only
+if it is named, quality (nats per story after 2 and 5 minutes of CPU time, one thread: ar.py and
+mdlm.py against AdamW at the best of three rates, on nanoGPT's network and on that of mdlm.py
+without convolutions). Whatever is compared takes turns, call by call, and medians are kept: a noisy machine slows all
 alike.
 """
+import copy
 import functools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -27,6 +32,7 @@ sys.path.insert(0, str(ROOT))  # `python lab/speed.py`
 import ar
 import common
 import diffugpt_varlen
+import mdlm
 from lab import decoding, mdlm_variants, methods
 from lab.methods import IDEAS, ancestral, default_sampler, device_of, script_of
 
@@ -267,7 +273,87 @@ def start():
     return out
 
 
-PARTS = dict(memory=memory, start=start, train=train, sample=sample)
+class Plain(mdlm.Model):
+    """The network of mdlm.py without its convolution."""
+
+    def embed(self, idx):
+        return self.wte(idx) + self.wpe.weight[:idx.shape[1]]
+
+
+def adamw(model, rate):
+    """The optimizer of nanoGPT: matrices and embeddings decay."""
+    groups = [[p for p in model.parameters() if (p.dim() > 1) == many] for many in (True, False)]
+    return [torch.optim.AdamW([dict(params=part, weight_decay=decay, scale=1.0)
+                               for part, decay in zip(groups, (0.1, 0.0)) if part],
+                              rate, betas=(0.9, 0.99), fused=True)]
+
+
+def learn(seconds, model, optimizers, rate, loss_fn, batch):
+    """Train for so many seconds of CPU time; returns the average of the weights and the steps.
+    After 50 steps of warm-up the rate falls along a cosine of the time to zero."""
+    ema, begun, step = copy.deepcopy(model).requires_grad_(False), time.process_time(), 0
+    while (done := (time.process_time() - begun) / seconds) < 1:
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+            group["lr"] = (rate * group["scale"] * min(1, (step + 1) / 50) *
+                           0.5 * (1 + math.cos(math.pi * done)))
+        with AMP:
+            loss = loss_fn(model, batch())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        new = [p.detach() for p in model.parameters()]
+        torch._foreach_lerp_([*ema.parameters()], new, 1 - min(0.99, (1 + step) / (10 + step)))
+    return ema, step
+
+
+def reference_nll(model, x, cfg, mean=True):
+    """Nats per scored token of Reference, or their sum."""
+    inputs = torch.cat((torch.full_like(x[:, :1], cfg.bos), x[:, :-1]), 1)
+    scored = ar.is_scored(x, cfg)
+    loss = model(inputs, x.masked_fill(~scored, -100))
+    return loss if mean else loss * scored.sum()
+
+
+def quality(times=(120, 300), rates=(1e-3, 2e-3, 4e-3)):
+    """Nats per story of 128 validation stories after so many seconds, at each rate that was tried;
+    after the second time only at the best of the first."""
+    out, before = {}, torch.get_num_threads()
+    torch.set_num_threads(1)
+    rivals = dict(ar=(ar, ar.Model), reference=(ar, Reference),
+                  mdlm=(mdlm, mdlm.Model), mdlm_adamw=(mdlm, Plain))
+    for name, (script, Model) in rivals.items():
+        own = Model is script.Model
+        tried = (script.Config.lr,) if own else rates
+        for seconds in times:
+            found = {}
+            for rate in tried:
+                cfg, model, optimizers, g, batch = build(script)
+                if not own:
+                    torch.manual_seed(0)
+                    model = (Model(cfg.vocab_size, cfg.seq_len) if Model is Reference else
+                             Model(cfg))
+                    optimizers = adamw(model, rate)
+                loss_fn = (functools.partial(reference_nll, cfg=cfg) if Model is Reference else
+                           lambda model, x: methods.loss(script, model, cfg, x, g))
+                ema, steps = learn(seconds, model, optimizers, rate, loss_fn, batch)
+                x, _ = script.get_eval_rows(script.load_data(cfg).val, cfg, 128)
+                with AMP, torch.no_grad():
+                    nats = (float(reference_nll(ema, x, cfg, mean=False)) / len(x)
+                            if Model is Reference else
+                            script.evaluate(ema, script.load_data(cfg), cfg)["nats_per_doc"])
+                found[rate] = dict(rate=rate, steps=steps, nats_per_doc=nats)
+                print(name, seconds, found[rate], flush=True)
+            best = min(found, key=lambda rate: found[rate]["nats_per_doc"])
+            out[f"quality_{name}_{seconds}"] = found[best] | dict(tried=[*found.values()])
+            tried = (best,)
+    torch.set_num_threads(before)
+    return out
+
+
+PARTS = dict(memory=memory, start=start, train=train, sample=sample, quality=quality)
 
 
 def main(argv):
@@ -280,7 +366,7 @@ def main(argv):
                  bfloat16=AUTO == "bfloat16")
     out = json.loads(TARGET.read_text()) if argv else about
     for name, part in PARTS.items():
-        if not argv or name in argv:
+        if name in argv or not argv and name != "quality":
             begun = time.perf_counter()
             out |= part()
             if argv:  # another machine or time than that of the other parts

@@ -827,10 +827,23 @@ def test_a_compiled_model_has_the_losses_of_a_plain_one(home, straight, quick, t
     compiled, compile_ = [], torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile",
                         lambda block: (compiled.append(block), compile_(block, backend=AOT)))
-    mdlm.train(config("mdlm", home, tmp_path / "run", compile=True, eval_every=8))
+    mdlm.train(config("mdlm", home, tmp_path / "run", compile="yes", eval_every=8))
     fast, plain = ([row[1] for row in losses(out)] for out in (tmp_path / "run",
                                                                straight / "mdlm"))
     assert compiled and fast == pytest.approx(plain, abs=1e-3)
+
+
+@pytest.mark.parametrize("compile, steps, compiler, device, compiled", [
+    ("yes", 1, None, "cpu", True), ("no", 5000, "g++", "cpu", False),
+    ("auto", 5000, "g++", "cpu", True), ("auto", 4999, "g++", "cpu", False),
+    ("auto", 5000, None, "cpu", False), ("auto", 5000, "clang++", "cuda", True),
+    ("auto", 5000, "g++", "mps", False)])
+def test_long_runs_are_compiled_where_a_compiler_is(compile, steps, compiler, device, compiled,
+                                                    monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == compiler else None)
+    block = torch.nn.Linear(1, 1)
+    common.compile_blocks([block], ar.Config(compile=compile, steps=steps), torch.device(device))
+    assert (block._compiled_call_impl is not None) == compiled
 
 
 def test_tensorboard_and_wandb_receive_every_number_of_the_log(home, quick, tmp_path, monkeypatch):
