@@ -9,8 +9,8 @@ Parts: memory (peak of training), start (--help and the first step), train (agai
 eager and compiled), sample (few steps and one token a step, against ar.py with its cache) and, only
 if it is named, quality (nats per story after 2 and 5 minutes of CPU time, one thread: ar.py and
 mdlm.py against AdamW at the best of three rates, on nanoGPT's network and on that of mdlm.py
-without convolutions). Whatever is compared takes turns, call by call, and medians are kept: a noisy machine slows all
-alike.
+without convolutions). Whatever is compared takes turns, call by call, and medians are kept: a noisy
+machine slows all alike.
 """
 import copy
 import functools
