@@ -60,8 +60,8 @@ class Config:
     steps: int = 1600  # optimizer steps
     batch_size: int = 16  # rows per micro-batch, over all processes
     grad_accum: int = 1  # micro-batches per step
-    lr: float = 6e-3  # peak learning rate
-    warmup: int = 50  # steps of linear warm-up; then cosine to zero
+    lr: float = 1e-2  # peak learning rate
+    warmup: int = 50  # steps of linear warm-up; then linearly to zero
     ema: float = 0.99  # moving average of the weights, which is evaluated and saved; 0 = off
     eval_every: int = 200  # steps between evaluations and checkpoints
     # sampling; the likelihood is that of temperature 1
@@ -115,12 +115,13 @@ def get_eval_rows(split, cfg, n):
 
 # ---- 3. model ----------------------------------------------------------------------------------
 def rotate(x, positions):
-    """Rotary positions (Su et al. 2021): turn the pairs (x_j, x_{j + D/2}) of x (B, H, T, D)."""
+    """Rotary positions (Su et al. 2021): turn the pairs (x_2j, x_2j+1) of x (B, H, T, D), taken as
+    complex numbers."""
     D = x.shape[-1]
     angle = positions[:, None] * 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)  # (T, D / 2)
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    turned = pairs * torch.polar(torch.ones_like(angle), angle)  # (B, H, T, D / 2)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -158,13 +159,22 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """A convolution over the six tokens before each and itself, then attention and MLP."""
+
     def __init__(self, cfg):
         super().__init__()
+        self.conv = nn.Conv2d(cfg.n_embd, cfg.n_embd, (1, 7), groups=cfg.n_embd, bias=False)
         self.norm1, self.attn = nn.RMSNorm(cfg.n_embd), Attention(cfg)
         self.norm2, self.mlp = nn.RMSNorm(cfg.n_embd), MLP(cfg)
 
     def forward(self, x, positions, kv_cache=None):
+        past = kv_cache.pop() if kv_cache else x.new_zeros(len(x), 6, x.shape[2])
+        seen = torch.cat((past, x), 1)
+        with torch.autocast(x.device.type, enabled=False):  # float32 is faster here on CPUs
+            x = x + self.conv(seen.mT[:, :, None])[:, :, 0].mT  # (B, C, 1, 6 + T) -> (B, C, 1, T)
         x = x + self.attn(self.norm1(x), positions, kv_cache)
+        if kv_cache is not None:
+            kv_cache.append(seen[:, -6:])
         return x + self.mlp(self.norm2(x))
 
 
@@ -276,9 +286,9 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None):
 
 # ---- 6. train ----------------------------------------------------------------------------------
 def get_lr(step, cfg):
-    """Learning rate of a step: linear warm-up, then a cosine to zero."""
+    """Learning rate of a step: linear warm-up, then linearly to zero."""
     done = max(0, step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-    return cfg.lr * min(1, (step + 1) / cfg.warmup) * 0.5 * (1 + math.cos(math.pi * done))
+    return cfg.lr * min(1, (step + 1) / cfg.warmup) * (1 - done)
 
 
 def make_optimizers(model, cfg):

@@ -70,7 +70,7 @@ class Config:
     batch_size: int = 16  # rows per micro-batch, over all processes
     grad_accum: int = 1  # micro-batches per step
     lr: float = 6e-3  # peak learning rate
-    warmup: int = 50  # steps of linear warm-up; then cosine to zero
+    warmup: int = 50  # steps of linear warm-up; then linearly to zero
     ema: float = 0.99  # moving average of the weights, which is evaluated and saved; 0 = off
     eval_every: int = 200  # steps between evaluations and checkpoints
     # method
@@ -500,9 +500,9 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, length_dist=length_dis
 
 # ---- 6. train ----------------------------------------------------------------------------------
 def get_lr(step, cfg):
-    """Learning rate of a step: linear warm-up, then a cosine to zero."""
+    """Learning rate of a step: linear warm-up, then linearly to zero."""
     done = max(0, step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-    return cfg.lr * min(1, (step + 1) / cfg.warmup) * 0.5 * (1 + math.cos(math.pi * done))
+    return cfg.lr * min(1, (step + 1) / cfg.warmup) * (1 - done)
 
 
 def make_optimizers(model, cfg):

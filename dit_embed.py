@@ -69,8 +69,8 @@ class Config:
     steps: int = 1600  # optimizer steps
     batch_size: int = 16  # rows per micro-batch, over all processes
     grad_accum: int = 1  # micro-batches per step
-    lr: float = 6e-3  # peak learning rate
-    warmup: int = 50  # steps of linear warm-up; then cosine to zero
+    lr: float = 1e-2  # peak learning rate
+    warmup: int = 50  # steps of linear warm-up; then linearly to zero
     ema: float = 0.99  # moving average of the weights, which is evaluated and saved; 0 = off
     eval_every: int = 200  # steps between evaluations and checkpoints
     # method
@@ -85,6 +85,7 @@ class Config:
     trace: bool = False  # print the trajectory of the first sample
     num_steps: int = 64  # steps, one NFE each and one for the end; 0 = one step per token
     order: Literal["random", "l2r", "maxprob"] = "maxprob"  # which position is denoised first
+    length_first: bool = True  # draw the length of a document first, then its tokens
     temperature: float = 0.5  # below 1: safer, less diverse; 0: most likely by context
     top_k: int = 0  # keep the k most likely tokens; 0 = all
     top_p: float = 1.0  # keep the most likely tokens that hold this much probability
@@ -136,12 +137,13 @@ def get_eval_rows(split, cfg, n):
 
 # ---- 3. model ----------------------------------------------------------------------------------
 def rotate(x, positions):
-    """Rotary positions (Su et al. 2021): turn the pairs (x_j, x_{j + D/2}) of x (B, H, T, D)."""
+    """Rotary positions (Su et al. 2021): turn the pairs (x_2j, x_2j+1) of x (B, H, T, D), taken as
+    complex numbers."""
     D = x.shape[-1]
     angle = positions[:, None] * 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)  # (T, D / 2)
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    turned = pairs * torch.polar(torch.ones_like(angle), angle)  # (B, H, T, D / 2)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -176,12 +178,20 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
+        self.conv = nn.Conv2d(cfg.n_embd, cfg.n_embd, (1, 7), padding=(0, 3), groups=cfg.n_embd,
+                              bias=False)
         self.norm1, self.attn = nn.RMSNorm(cfg.n_embd), Attention(cfg)
         self.norm2, self.mlp = nn.RMSNorm(cfg.n_embd), MLP(cfg)
+
+    def convolve(self, x):
+        """Add to each position of x (B, T, C) a weighted sum over three neighbours on each side."""
+        with torch.autocast(x.device.type, enabled=False):  # float32 is faster here on CPUs
+            return x + self.conv(x.mT[:, :, None])[:, :, 0].mT  # of (B, C, 1, T)
 
     def forward(self, x, positions, ada, is_target=None):
         """ada: six (B, T, C) that scale and shift. adaLN-zero (Peebles and Xie 2023, section 3.2):
         residual outputs start at zero, so gates start at one; both zero would never learn."""
+        x = self.convolve(x)
         a1, b1, c1, a2, b2, c2 = ada
         x = x + (1 + c1) * self.attn(self.norm1(x) * (1 + a1) + b1, positions)
         if is_target is not None:
@@ -205,7 +215,6 @@ class Model(nn.Module):
         self.emb = nn.Embedding(cfg.vocab_size, cfg.emb_dim)  # what gets the noise
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)  # what the network sees of it
         self.wpe = nn.Embedding(cfg.seq_len, cfg.n_embd)
-        self.conv = nn.Conv1d(cfg.n_embd, cfg.n_embd, 7, padding=3, groups=cfg.n_embd, bias=False)
         self.noise_in = nn.Linear(2 * 64, cfg.n_embd)
         self.noise_head = nn.Linear(cfg.n_embd, cfg.n_embd)
         self.ada_heads = nn.ModuleList(nn.Linear(cfg.n_embd, 6 * cfg.n_embd)
@@ -258,7 +267,6 @@ class Model(nn.Module):
         noise = self.embed_noise(levels)  # (number of levels, C)
         x = self.embed(z, lam) + F.embedding(index, 0.1 * self.noise_head(noise))
         x = x + self.wpe.weight[:x.shape[1]]  # 0.1: AdamW moves the weights of the noise too fast
-        x = x + self.conv(x.transpose(1, 2)).transpose(1, 2)  # three neighbours on each side
         positions = torch.arange(x.shape[1], device=z.device)
         for k, (block, head) in enumerate(zip(self.blocks, self.ada_heads), 1):
             ada = F.embedding(index, 0.1 * head(noise)).chunk(6, 2)
@@ -373,6 +381,15 @@ def categorical(logits, g):
     return (p <= u).sum(1).clamp(max=p.shape[1] - 1).to(logits.device)
 
 
+def draw_length(p_eos, x, is_wanted, cfg, g):
+    """Rows x (B, T) with EOS from a drawn length on. EOS fill a row up to its end, so as long as
+    nothing wanted is known there the probability of EOS at i, p_eos (B, T), is P(length <= i)."""
+    is_end = is_wanted.flip(1).cumprod(1).flip(1) > 0  # wanted, as all behind it
+    reached = (p_eos * is_end).cummax(1).values
+    u = torch.rand(len(x), 1, generator=g).to(x.device)
+    return x.masked_fill(is_end & (u < reached), cfg.eos)
+
+
 def reassign_times(tau, is_waiting, score):
     """tau (B, T), reassigned among the positions that wait: the highest score is denoised first."""
     late = tau.masked_fill(~is_waiting, -torch.inf).sort(1, descending=True).values
@@ -403,6 +420,14 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict_x0=predict_x0)
     is_given = x != V
     emb = model.embeddings()[x.masked_fill(~is_given, 0)]
     z = eps = torch.randn(emb.shape, generator=g).to(device)
+    length_first = cfg.length_first and cfg.rows == "docs" and not is_given.all()
+    if length_first:
+        lam = torch.where(is_given, *logsnr_range(cfg))
+        z = torch.where(is_given[..., None], q_sample(emb, lam, eps), z)
+        p_eos = model(z, lam).softmax(2)[..., cfg.eos]
+        x, nfe = draw_length(p_eos, x, ~is_given, cfg, g), 1
+        is_given = x != V
+        emb[x == cfg.eos] = model.embeddings()[cfg.eos]
     tau = position_times(x.shape, cfg, g, is_given.cpu()).to(device)
     if cfg.order == "l2r":
         tau = reassign_times(tau, ~is_given, -(~is_given).cumsum(1).float())
@@ -418,6 +443,8 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict_x0=predict_x0)
             continue
         logits = model(z, lam, is_target)
         nfe += 1
+        if length_first:
+            logits[:, cfg.eos] = -torch.inf
         # 2. choose positions: of those that are pure noise the most confident begin next
         if choose:
             confidence = torch.zeros(x.shape, device=device)
@@ -442,9 +469,9 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict_x0=predict_x0)
 
 # ---- 6. train ----------------------------------------------------------------------------------
 def get_lr(step, cfg):
-    """Learning rate of a step: linear warm-up, then a cosine to zero."""
+    """Learning rate of a step: linear warm-up, then linearly to zero."""
     done = max(0, step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-    return cfg.lr * min(1, (step + 1) / cfg.warmup) * 0.5 * (1 + math.cos(math.pi * done))
+    return cfg.lr * min(1, (step + 1) / cfg.warmup) * (1 - done)
 
 
 def make_optimizers(model, cfg):

@@ -67,8 +67,8 @@ class Config:
     steps: int = 1600  # optimizer steps
     batch_size: int = 16  # rows per micro-batch, over all processes
     grad_accum: int = 1  # micro-batches per step
-    lr: float = 6e-3  # peak learning rate
-    warmup: int = 50  # steps of linear warm-up; then cosine to zero
+    lr: float = 1e-2  # peak learning rate
+    warmup: int = 50  # steps of linear warm-up; then linearly to zero
     ema: float = 0.99  # moving average of the weights, which is evaluated and saved; 0 = off
     eval_every: int = 200  # steps between evaluations and checkpoints
     # sampling; the bound is for --order random --num-steps 0 --temperature 1 --remask none
@@ -79,6 +79,7 @@ class Config:
     num_steps: int = 32  # NFE, network evaluations; 0 = one token per step
     order: Literal["random", "l2r", "maxprob", "margin", "entropy"] = "maxprob"  # unmasked first
     remask: Literal["none", "random", "conf"] = "conf"  # ReMDM (E6); conf: improbable tokens first
+    length_first: bool = True  # draw the length of a document first, then its tokens
     temperature: float = 0.5  # below 1: safer, less diverse; 0: the most likely token
     top_k: int = 0  # keep the k most likely tokens; 0 = all
     top_p: float = 1.0  # keep the most likely tokens that hold this much probability
@@ -125,12 +126,13 @@ def get_eval_rows(split, cfg, n):
 
 # ---- 3. model ----------------------------------------------------------------------------------
 def rotate(x, positions):
-    """Rotary positions (Su et al. 2021): turn the pairs (x_j, x_{j + D/2}) of x (B, H, T, D)."""
+    """Rotary positions (Su et al. 2021): turn the pairs (x_2j, x_2j+1) of x (B, H, T, D), taken as
+    complex numbers."""
     D = x.shape[-1]
     angle = positions[:, None] * 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)  # (T, D / 2)
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    turned = pairs * torch.polar(torch.ones_like(angle), angle)  # (B, H, T, D / 2)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -165,10 +167,18 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
+        self.conv = nn.Conv2d(cfg.n_embd, cfg.n_embd, (1, 7), padding=(0, 3), groups=cfg.n_embd,
+                              bias=False)
         self.norm1, self.attn = nn.RMSNorm(cfg.n_embd), Attention(cfg)
         self.norm2, self.mlp = nn.RMSNorm(cfg.n_embd), MLP(cfg)
 
+    def convolve(self, x):
+        """Add to each position of x (B, T, C) a weighted sum over three neighbours on each side."""
+        with torch.autocast(x.device.type, enabled=False):  # float32 is faster here on CPUs
+            return x + self.conv(x.mT[:, :, None])[:, :, 0].mT  # of (B, C, 1, T)
+
     def forward(self, x, positions, is_target=None):
+        x = self.convolve(x)
         x = x + self.attn(self.norm1(x), positions)
         x = x if is_target is None else x[is_target]
         return x + self.mlp(self.norm2(x))
@@ -182,7 +192,6 @@ class Model(nn.Module):
         super().__init__()
         self.wte = nn.Embedding(cfg.vocab_size + 1, cfg.n_embd)
         self.wpe = nn.Embedding(cfg.seq_len, cfg.n_embd)  # rotary cannot tell equal masks apart
-        self.conv = nn.Conv1d(cfg.n_embd, cfg.n_embd, 7, padding=3, groups=cfg.n_embd, bias=False)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.n_embd)
         self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
@@ -193,8 +202,7 @@ class Model(nn.Module):
                 nn.init.normal_(p, std=0.02)
 
     def embed(self, idx):
-        x = self.wte(idx) + self.wpe.weight[:idx.shape[1]]  # (B, T, C)
-        return x + self.conv(x.transpose(1, 2)).transpose(1, 2)  # three neighbours on each side
+        return self.wte(idx) + self.wpe.weight[:idx.shape[1]]  # (B, T, C)
 
     def forward(self, idx, is_target=None):
         x = self.embed(idx)
@@ -297,6 +305,15 @@ def categorical(logits, g):
     return (p <= u).sum(1).clamp(max=p.shape[1] - 1).to(logits.device)
 
 
+def draw_length(p_eos, x, is_wanted, cfg, g):
+    """Rows x (B, T) with EOS from a drawn length on. EOS fill a row up to its end, so as long as
+    nothing wanted is known there the probability of EOS at i, p_eos (B, T), is P(length <= i)."""
+    is_end = is_wanted.flip(1).cumprod(1).flip(1) > 0  # wanted, as all behind it
+    reached = (p_eos * is_end).cummax(1).values
+    u = torch.rand(len(x), 1, generator=g).to(x.device)
+    return x.masked_fill(is_end & (u < reached), cfg.eos)
+
+
 def step_counts(num_masked, N, t, s, cfg, g):
     """How many tokens the step t -> s unmasks and remasks, two (B,), of N that were wanted and
     num_masked that are masked: means of (E5) and (E6) for gamma_t = t, rounded, with the largest
@@ -313,6 +330,12 @@ def sample(model, x, cfg, g, is_wanted=None, on_step=lambda nfe, x: None, step_c
     tokens, all else is carried over. Returns x and NFE. on_step(nfe, x) may see and change x."""
     x, M, nfe = x.clone(), cfg.vocab_size, 0
     is_wanted = x == M if is_wanted is None else is_wanted & (x == M)
+    length_first = cfg.length_first and cfg.rows == "docs" and is_wanted.any()
+    if length_first:
+        p_eos = torch.zeros(x.shape, device=x.device)
+        p_eos[is_wanted] = model(x, is_wanted).float().softmax(1)[:, cfg.eos]
+        x, nfe = draw_length(p_eos, x, is_wanted, cfg, g), 1
+        is_wanted &= x == M
     drawn_logp = torch.zeros(x.shape, device=x.device)  # log p of every token that was drawn
     N = is_wanted.sum(1).cpu()
     times = torch.linspace(1, 0, (cfg.num_steps or int(N.max())) + 1, dtype=torch.float64).tolist()
@@ -323,6 +346,8 @@ def sample(model, x, cfg, g, is_wanted=None, on_step=lambda nfe, x: None, step_c
             continue
         # 1. predict
         logits = model(x, is_mask).float()  # (number masked, V)
+        if length_first:
+            logits[:, cfg.eos] = -torch.inf
         # 2. choose positions to unmask, those of most confidence first
         score = torch.zeros(x.shape, device=x.device)
         score[is_mask] = ORDERS[cfg.order](logits.log_softmax(1), is_mask.nonzero()[:, 1])
@@ -345,9 +370,9 @@ def sample(model, x, cfg, g, is_wanted=None, on_step=lambda nfe, x: None, step_c
 
 # ---- 6. train ----------------------------------------------------------------------------------
 def get_lr(step, cfg):
-    """Learning rate of a step: linear warm-up, then a cosine to zero."""
+    """Learning rate of a step: linear warm-up, then linearly to zero."""
     done = max(0, step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-    return cfg.lr * min(1, (step + 1) / cfg.warmup) * 0.5 * (1 + math.cos(math.pi * done))
+    return cfg.lr * min(1, (step + 1) / cfg.warmup) * (1 - done)
 
 
 def make_optimizers(model, cfg):

@@ -72,8 +72,8 @@ class Config:
     steps: int = 1600  # optimizer steps
     batch_size: int = 16  # rows per micro-batch, over all processes
     grad_accum: int = 1  # micro-batches per step
-    lr: float = 6e-3  # peak learning rate
-    warmup: int = 50  # steps of linear warm-up; then cosine to zero
+    lr: float = 1e-2  # peak learning rate
+    warmup: int = 50  # steps of linear warm-up; then linearly to zero
     ema: float = 0.99  # moving average of the weights, which is evaluated and saved; 0 = off
     eval_every: int = 200  # steps between evaluations and checkpoints
     # method
@@ -88,6 +88,7 @@ class Config:
     sampler: Literal["token", "ancestral", "deterministic"] = "deterministic"  # reverse step (E7)
     order: Literal["random", "l2r", "maxprob"] = "maxprob"  # which position is denoised first
     remask: Literal["none", "conf"] = "conf"  # redraw clean tokens, improbable ones more often
+    length_first: bool = True  # draw the length of a document first, then its tokens
     temperature: float = 0.2  # below 1: safer, less diverse; 0: most likely by context
     top_k: int = 0  # keep the k most likely tokens; 0 = all
     top_p: float = 1.0  # keep the most likely tokens that hold this much probability
@@ -140,12 +141,13 @@ def get_eval_rows(split, cfg, n):
 
 # ---- 3. model ----------------------------------------------------------------------------------
 def rotate(x, positions):
-    """Rotary positions (Su et al. 2021): turn the pairs (x_j, x_{j + D/2}) of x (B, H, T, D)."""
+    """Rotary positions (Su et al. 2021): turn the pairs (x_2j, x_2j+1) of x (B, H, T, D), taken as
+    complex numbers."""
     D = x.shape[-1]
     angle = positions[:, None] * 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)  # (T, D / 2)
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    turned = pairs * torch.polar(torch.ones_like(angle), angle)  # (B, H, T, D / 2)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -180,10 +182,18 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
+        self.conv = nn.Conv2d(cfg.n_embd, cfg.n_embd, (1, 7), padding=(0, 3), groups=cfg.n_embd,
+                              bias=False)
         self.norm1, self.attn = nn.RMSNorm(cfg.n_embd), Attention(cfg)
         self.norm2, self.mlp = nn.RMSNorm(cfg.n_embd), MLP(cfg)
 
+    def convolve(self, x):
+        """Add to each position of x (B, T, C) a weighted sum over three neighbours on each side."""
+        with torch.autocast(x.device.type, enabled=False):  # float32 is faster here on CPUs
+            return x + self.conv(x.mT[:, :, None])[:, :, 0].mT  # of (B, C, 1, T)
+
     def forward(self, x, positions, is_target=None):
+        x = self.convolve(x)
         x = x + self.attn(self.norm1(x), positions)
         x = x if is_target is None else x[is_target]
         return x + self.mlp(self.norm2(x))
@@ -203,7 +213,6 @@ class Model(nn.Module):
         self.logp_in = nn.Linear(1, 64)
         self.logp_head = nn.Linear(64, cfg.n_embd, bias=False)
         self.wpe = nn.Embedding(cfg.seq_len, cfg.n_embd)
-        self.conv = nn.Conv1d(cfg.n_embd, cfg.n_embd, 7, padding=3, groups=cfg.n_embd, bias=False)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.n_embd)
         self.head = nn.Linear(cfg.n_embd, cfg.vocab_size)
@@ -228,7 +237,6 @@ class Model(nn.Module):
 
     def forward(self, ids, logp, is_target=None):
         x = self.embed(ids, logp) + self.wpe.weight[:ids.shape[1]]
-        x = x + self.conv(x.transpose(1, 2)).transpose(1, 2)  # three neighbours on each side
         positions = torch.arange(x.shape[1], device=x.device)
         for block in self.blocks[:-1]:
             x = block(x, positions)
@@ -391,6 +399,15 @@ def categorical(logits, g):
     return (p <= u).sum(1).clamp(max=p.shape[1] - 1).to(logits.device)
 
 
+def draw_length(p_eos, x, is_wanted, cfg, g):
+    """Rows x (B, T) with EOS from a drawn length on. EOS fill a row up to its end, so as long as
+    nothing wanted is known there the probability of EOS at i, p_eos (B, T), is P(length <= i)."""
+    is_end = is_wanted.flip(1).cumprod(1).flip(1) > 0  # wanted, as all behind it
+    reached = (p_eos * is_end).cummax(1).values
+    u = torch.rand(len(x), 1, generator=g).to(x.device)
+    return x.masked_fill(is_end & (u < reached), cfg.eos)
+
+
 def reassign_times(tau, is_waiting, score):
     """tau (B, T), reassigned among the positions that wait: the highest score is denoised first."""
     late = tau.masked_fill(~is_waiting, -torch.inf).sort(1, descending=True).values
@@ -417,6 +434,12 @@ def sample(model, x, cfg, g, on_step=lambda *_: None, predict=predict, noise_lev
     x, V, nfe, device = x.clone(), cfg.vocab_size, 0, x.device
     is_given = x != V
     z, conf = torch.zeros(*x.shape, V, device=device), torch.zeros(x.shape, device=device)
+    length_first = cfg.length_first and cfg.rows == "docs" and not is_given.all()
+    if length_first:
+        p_eos, unknown = torch.zeros(x.shape, device=device), torch.where(is_given, CLEAN, 0.0)
+        p_eos[~is_given] = predict(model, x, unknown, z[:0, 0], ~is_given)[0].softmax(1)[:, cfg.eos]
+        x, nfe = draw_length(p_eos, x, ~is_given, cfg, g), 1
+        is_given = x != V
     tau = position_times(x.shape, cfg, g, is_given.cpu()).to(device)
     prec = torch.where(is_given, CLEAN, 0.0)
     if cfg.order == "l2r":
@@ -430,6 +453,8 @@ def sample(model, x, cfg, g, on_step=lambda *_: None, predict=predict, noise_lev
             continue
         logits, own = predict(model, x, prec, z[between(prec)], is_target)
         nfe += 1
+        if length_first:
+            logits[:, cfg.eos] = -torch.inf
         # 2. choose positions, the most confident first: of those of which nothing is known, or with
         #    remasking of all: noisy ones first, so in the first half each clean token is redrawn
         if cfg.order == "maxprob":
@@ -464,9 +489,9 @@ def sample(model, x, cfg, g, on_step=lambda *_: None, predict=predict, noise_lev
 
 # ---- 6. train ----------------------------------------------------------------------------------
 def get_lr(step, cfg):
-    """Learning rate of a step: linear warm-up, then a cosine to zero."""
+    """Learning rate of a step: linear warm-up, then linearly to zero."""
     done = max(0, step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-    return cfg.lr * min(1, (step + 1) / cfg.warmup) * 0.5 * (1 + math.cos(math.pi * done))
+    return cfg.lr * min(1, (step + 1) / cfg.warmup) * (1 - done)
 
 
 def make_optimizers(model, cfg):

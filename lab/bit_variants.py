@@ -166,7 +166,6 @@ class Model(bit_diffusion.Model):
 
     def forward(self, bits, lam, is_target=None):
         x = self.embed(bits, lam) + self.wpe.weight[:lam.shape[1]]
-        x = x + self.conv(x.transpose(1, 2)).transpose(1, 2)
         positions = torch.arange(x.shape[1], device=x.device)
         for block in self.blocks:
             x = block(x, positions)

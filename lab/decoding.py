@@ -76,11 +76,12 @@ class Guided:
 
 class Cached:
     """The first call computes all positions and keeps the keys and values of those outside of
-    `block_positions`; later calls compute these only. What is kept grows stale: an approximation
-    (Wu et al. 2025, section 3)."""
+    `block_positions`, and the inputs of each block, for the convolution; later calls compute these
+    positions only. What is kept grows stale: an approximation (Wu et al. 2025, section 3)."""
 
     def __init__(self, model, block_positions):
-        self.model, self.block_positions, self.kv_cache = model, block_positions, []
+        self.model, self.block_positions = model, block_positions
+        self.kv_cache, self.inputs = [], []
 
     def __call__(self, x, is_target):
         model, first = self.model, not self.kv_cache
@@ -90,6 +91,10 @@ class Cached:
         h = model.embed(x)[:, positions]
         for i, block in enumerate(model.blocks):
             B, T, C = h.shape
+            if first:
+                self.inputs.append(h)
+            self.inputs[i] = self.inputs[i].index_copy(1, positions, h)  # those beside a block count
+            h = block.convolve(self.inputs[i])[:, positions]
             q, k, v = block.attn.qkv(block.norm1(h)).view(
                 B, T, 3, block.attn.n_head, -1).permute(2, 0, 3, 1, 4)
             q, k = mdlm.rotate(F.layer_norm(torch.stack((q, k)), q.shape[3:]), positions)
@@ -203,6 +208,8 @@ def decode(model, x, cfg, g, on_step=lambda nfe, x: None):
     size = cfg.block or T
     if T > cfg.seq_len <= size:  # a block must see something on its left
         size = cfg.seq_len // 2
+    if size < T or cfg.cache != "none" or cfg.eos_fill or cfg.order == "eos_last":
+        cfg = dataclasses.replace(cfg, length_first=False)
     starts = [a for a in range(0, T, size) if not is_given[:, a:a + size].all()]
     for j, a in enumerate(starts):
         b = min(a + size, T)

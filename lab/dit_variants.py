@@ -145,6 +145,7 @@ class PostBlock(dit_embed.Block):
 
     def forward(self, x, positions, ada):
         a1, b1, c1, a2, b2, c2 = ada
+        x = self.convolve(x)
         x = self.norm1(x + (1 + c1) * self.attn(x * (1 + a1) + b1, positions))
         return self.norm2(x + (1 + c2) * self.mlp(x * (1 + a2) + b2))
 
@@ -206,7 +207,6 @@ class Model(dit_embed.Model):
             x = x + F.embedding(index, 0.1 * self.noise_head(noise))
         if cfg.pos != "rotary":
             x = x + self.wpe.weight[:x.shape[1]]
-        x = x + self.conv(x.transpose(1, 2)).transpose(1, 2)
         positions = torch.arange(x.shape[1], device=z.device) * (cfg.pos != "learned")
         for k, block in enumerate(self.blocks):
             if cfg.cond == "adaln":

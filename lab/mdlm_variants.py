@@ -123,6 +123,7 @@ class AdaBlock(mdlm.Block):
 
     def forward(self, x, positions, noise):
         a1, b1, c1, a2, b2, c2 = self.ada_head(noise).chunk(6, -1)
+        x = self.convolve(x)
         x = x + (1 + c1) * self.attn(self.norm1(x) * (1 + a1) + b1, positions)
         return x + (1 + c2) * self.mlp(self.norm2(x) * (1 + a2) + b2)
 

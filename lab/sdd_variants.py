@@ -56,15 +56,31 @@ class Config(sdd.Config):
 
 # ---- model ---------------------------------------------------------------------------------------
 class FullAttention(sdd.Attention):
-    """Attention over slots; `positions` is a pair: positions (B, S, 1) and log p of slots (B, S),
-    which is added to the scores."""
+    """Attention over slots; `positions` are those of slots, (B, S, 1), their log p (B, S), which is
+    added to the scores, and T."""
 
     def forward(self, x, positions):
-        (B, S, C), (positions, logp) = x.shape, positions
+        (B, S, C), (positions, logp, _) = x.shape, positions
         q, k, v = self.qkv(x).view(B, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         q, k = (sdd.rotate(F.layer_norm(y, y.shape[3:]), positions) for y in (q, k))  # (B, H, S, D)
         score = q @ k.transpose(2, 3) * q.shape[3] ** -0.5 + logp[:, None, None]
         return self.proj((score.softmax(-1).to(v.dtype) @ v).transpose(1, 2).reshape(B, S, C))
+
+
+class FullBlock(sdd.Block):
+    """All slots of a position get what the convolution sees beside it: clean tokens and other
+    masses, which are the first T slots."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.attn = FullAttention(cfg)
+
+    def forward(self, x, positions):
+        at, _, T = positions
+        near = self.convolve(x[:, :T]) - x[:, :T]
+        x = x + near.gather(1, at.expand(x.shape))
+        x = x + self.attn(self.norm1(x), positions)
+        return x + self.mlp(self.norm2(x))
 
 
 class Model(sdd.Model):
@@ -78,9 +94,9 @@ class Model(sdd.Model):
         if cfg.curriculum:  # calls of loss_fn; a buffer, so that --resume goes on where it was
             self.register_buffer("calls", torch.tensor(0))
         if cfg.attention == "full":
-            for block in self.blocks:
-                block.attn, old = FullAttention(cfg), block.attn
-                block.attn.load_state_dict(old.state_dict())
+            blocks = nn.ModuleList(FullBlock(cfg) for _ in range(cfg.n_layer))
+            blocks.load_state_dict(self.blocks.state_dict())
+            self.blocks = blocks
             self.slot_score = nn.Linear(cfg.n_embd, 1, bias=False)
             nn.init.normal_(self.slot_score.weight, std=0.02)
 
@@ -97,8 +113,7 @@ class Model(sdd.Model):
         if noise is not None:
             mean = (logp[..., :-1].exp()[..., None] * noise).sum(2)
             x = torch.where(is_noisy[..., None], x + mean, x)
-        place = self.wpe.weight[:ids.shape[1]]
-        place = place + self.conv((x + place).transpose(1, 2)).transpose(1, 2)  # (B, T, C)
+        place = self.wpe.weight[:ids.shape[1]].expand_as(x)
         x, positions = x + place, torch.arange(ids.shape[1], device=ids.device)
         if is_full:
             slots = self.embed_slots(ids[is_noisy], logp[is_noisy],
@@ -128,7 +143,7 @@ class Model(sdd.Model):
         at = torch.cat((torch.arange(T, device=at.device).expand(B, T),
                         at.repeat_interleave(K, 1)), 1)[..., None]  # (B, T + M K, 1)
         return (torch.cat((x, more.flatten(1, 2)), 1),
-                (at, torch.cat((rest, logp.flatten(1)), 1)), index)
+                (at, torch.cat((rest, logp.flatten(1)), 1), T), index)
 
     def scatter_slots(self, x, logp, is_noisy, index):
         """Back to positions (B, T, C): a noisy one is the mean of its slots."""

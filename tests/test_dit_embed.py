@@ -371,7 +371,8 @@ def test_positions_are_told_as_pos_says():
     turn = torch.tensor([3, 1, 4, 0, 5, 2])
     for pos in ("learned", "rotary", "both"):
         model = shaken(network(**SHAPES, pos=pos))
-        model.conv.weight.data.zero_()
+        for block in model.blocks:
+            block.conv.weight.data.zero_()
         assert hasattr(model, "wpe") == (pos != "rotary")
         if pos != "rotary":
             model.wpe.weight.data.zero_()

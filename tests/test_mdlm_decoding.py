@@ -52,7 +52,8 @@ class Net(Model):
         self.widths, g = [], generator(seed)
         for p in self.parameters():
             p.data = 0.3 * torch.randn(p.shape, generator=g)
-        self.conv.weight.data *= not local
+        for block in self.blocks:
+            block.conv.weight.data *= not local
         self.requires_grad_(False)
         self.blocks[0].norm1.register_forward_pre_hook(
             lambda _, x: self.widths.append(x[0].shape[1]))
@@ -151,7 +152,10 @@ def stale(model, old, new, block_positions):
     outside = ~torch.isin(positions, block_positions)
     for block in model.blocks:
         b[:, outside] = a[:, outside]
-        a, b = (block(x, positions) for x in (a, b))
+        a, b = (block.convolve(x) for x in (a, b))
+        b[:, outside] = a[:, outside]
+        a, b = (x + block.attn(block.norm1(x), positions) for x in (a, b))
+        a, b = (x + block.mlp(block.norm2(x)) for x in (a, b))
     return model.head(model.norm(b))[:, block_positions].flatten(0, 1)
 
 

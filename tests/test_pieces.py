@@ -464,6 +464,7 @@ class Settings:
     p_crop: float = 0.25
     length_mode: str = "truncate"
     sampler: str = "token"
+    length_first: bool = True
 
 
 @ALL

@@ -350,17 +350,19 @@ def reference(model, ids, logp, noise=None):
             slots.append((i, -1, mean[i]))
     own = torch.tensor([i for i, _, _ in slots])
     bias = torch.stack([logp[i, j] if j >= 0 else torch.tensor(0.0) for i, j, _ in slots])
-    seen, conv = F.pad(mean + model.wpe.weight[:T], (0, 0, 3, 3)), torch.zeros(T, C)
-    for shift in range(7):
-        conv += seen[shift:shift + T] * model.conv.weight[:, 0, shift]
-    x, D = torch.stack([v for _, _, v in slots]) + (model.wpe.weight[:T] + conv)[own], C // H
+    x, D = torch.stack([v for _, _, v in slots]) + model.wpe.weight[:T][own], C // H
+    last = [max(s for s, slot in enumerate(slots) if slot[0] == i) for i in range(T)]
     angle = own[:, None] * 10000.0 ** (-torch.arange(0, D, 2) / D)
     turn = torch.polar(torch.ones_like(angle), angle)
     for block in model.blocks:
+        seen, near = F.pad(x[last], (0, 0, 3, 3)), torch.zeros(T, C)
+        for shift in range(7):
+            near += seen[shift:shift + T] * block.conv.weight[:, 0, 0, shift]
+        x = x + near[own]
         q, k, v = block.attn.qkv(block.norm1(x)).view(-1, 3, H, D).unbind(1)
         q, k = (y - y.mean(2, keepdim=True) for y in (q, k))
         q, k = (y / (y.square().mean(2, keepdim=True) + 1e-5).sqrt() for y in (q, k))
-        q, k = (torch.complex(*y.chunk(2, 2)) * turn[:, None] for y in (q, k))
+        q, k = (torch.complex(y[..., ::2], y[..., 1::2]) * turn[:, None] for y in (q, k))
         score = torch.einsum("qhd,khd->hqk", q, k.conj()).real / D ** 0.5 + bias
         y = torch.einsum("hqk,khd->qhd", score.softmax(2), v).flatten(1)
         x = x + y @ block.attn.proj.weight.T
