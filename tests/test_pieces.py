@@ -432,6 +432,56 @@ def test_muon_is_the_muon_of_torch():
         assert ours.norm() / theirs.norm() == pytest.approx(1, abs=0.2)
 
 
+# ---- the length first
+
+
+LENGTH_FIRST = pytest.mark.parametrize("script", SCRIPTS[1:-1], ids=lambda s: s.__name__)
+
+
+@LENGTH_FIRST
+def test_a_length_is_drawn_from_what_is_predicted(script):
+    """P(length <= i) is the largest P(EOS) up to i among the positions wanted up to the end."""
+    p_eos, cfg = torch.tensor([0.1, 0.3, 0.2, 0.6, 0.5, 0.9]), Settings()
+    for given, want in ((), (0.1, 0.2, 0, 0.3, 0, 0.3, 0.1)), ((2,), (0, 0, 0, 0.6, 0, 0.3, 0.1)), (
+            (1, 5), (0, 0, 0, 0, 0, 0, 1)):
+        x = torch.full((20000, 6), 13)
+        x[:, list(given)] = 7
+        out = script.draw_length(p_eos.expand_as(x), x, x == 13, cfg, generator(0))
+        length = (out != cfg.eos).sum(1)
+        assert torch.equal(out == cfg.eos, torch.arange(6) >= length[:, None])
+        assert torch.equal(out.masked_fill(out == cfg.eos, 13), torch.where(
+            out == cfg.eos, 13, x))
+        share = torch.bincount(length, minlength=7) / 20000
+        assert torch.allclose(share, torch.tensor(want).float(), atol=0.015)
+
+
+@LENGTH_FIRST
+@pytest.mark.parametrize("order", ["random", "maxprob"])
+def test_documents_end_where_their_length_was_drawn_and_windows_nowhere(script, order):
+    """A network that predicts EOS at i with probability i / T wherever it looks: no EOS comes
+    before the length, all behind it; without the rule and in running text EOS are anywhere."""
+    T, V = 12, 13
+    cfg = Settings(seq_len=T, order=order, num_steps=4, noise_window=0.3)
+    model = network(script, cfg)
+    place = torch.arange(T) / T
+
+    def forward(*args):
+        logits = torch.zeros(*args[0].shape[:2], V)
+        logits[..., cfg.eos] = (place / (1 - place)).log() + math.log(V - 1)
+        return logits[args[-1]] if args[-1].dtype == torch.bool else logits
+    model.forward = forward
+    for first, rows, ordered in ((True, "docs", True), (False, "docs", False),
+                                 (True, "stream", False)):
+        cfg.length_first, cfg.rows = first, rows
+        x, nfe = draw(script, model, cfg, 500, generator(0))
+        is_eos = (x == cfg.eos).long()
+        assert (is_eos.diff(dim=1) >= 0).all() == ordered
+        assert nfe == 4 + ordered + (script is dit_embed)
+        if ordered:
+            share = (is_eos.sum(0) / 500).tolist()
+            assert share == pytest.approx(place.tolist(), abs=0.08)
+
+
 # ---- made to be copied
 
 
