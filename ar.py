@@ -16,8 +16,9 @@ Shapes: B batch, T tokens, V vocabulary, C width, H heads, D = C / H head width.
 document is scored on its tokens and its EOS; BOS is an input, never scored. The EOS-filled tail of
 a row costs nothing: after the first EOS the next one is certain.
 
-Differs from GPT-2: RMSNorm, rotary positions, normalised queries and keys, no biases, residual
-outputs and head start at zero (so the first loss is exactly ln V), Muon for the hidden matrices.
+Differs from GPT-2: RMSNorm, rotary positions, a short convolution before every block, normalised
+queries and keys, no biases, residual outputs and head start at zero (so the first loss is exactly
+ln V), Muon for the hidden matrices.
 """
 import copy
 import math

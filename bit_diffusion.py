@@ -320,7 +320,8 @@ def corrupt(x0, cfg, g):
     """The forward process: noisy bits (B, T, K), their log-odds lam and each token's weight in the
     loss, (B, T) each: the mean over the noisy tokens of a row, then over rows."""
     B, T = x0.shape
-    t = ((torch.arange(B) + torch.rand(1, generator=g)) / B)[:, None]  # low-discrepancy
+    u = ((torch.arange(B) + torch.rand(1, generator=g)) / B)[:, None]  # low-discrepancy
+    t = u.sqrt()  # noise above that of the bound, t = u, learns faster (see LOG.md)
     lam, _ = noise_levels(t, position_times(x0.shape, cfg, g), cfg)
     is_noisy = lam < CLEAN
     weight = is_noisy / is_noisy.sum(1, keepdim=True).clamp(min=1) / B

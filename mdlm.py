@@ -22,9 +22,10 @@ Equations. M is the mask, gamma(t) = 1 - alpha(t) the noise schedule: the mask r
 Shapes: B rows, T tokens, V vocabulary, C width, H heads, D = C / H. Units: nats. Every position of
 a row is scored, also the EOS that fill it up: the model is not told the length. g draws all noise.
 
-Differs from the paper: training draws n masks, n uniform (E4), so it has no schedule and no cut-off
-epsilon; sampling has gamma_t = t and fixed counts. Differs from ar.py, which lists what differs
-from GPT-2: attention is bidirectional, masks need learned positions, and a convolution helps.
+Differs from the paper: training draws n masks (E4), many more often than few, and has no schedule
+and no cut-off epsilon; sampling has gamma_t = t and fixed counts, and draws the length first.
+Differs from ar.py, which lists what differs from GPT-2: attention and convolutions look to both
+sides, and masks need learned positions.
 """
 import copy
 import math
@@ -232,12 +233,13 @@ def mask_tokens(x0, n, cfg, g, is_given=None):
 def corrupt(x0, cfg, g):
     """The forward process: xt and each token's weight in the loss, both (B, T). Under (E1) n masks
     have probability Binomial(n; T, gamma). Its integral with the weight d gamma / gamma of (E3) is
-    1/n, so (E3) is (E4): draw n uniformly, weigh each c_i by 1/n."""
+    1/n, so (E3) is (E4): weigh each c_i by 1/n. With n uniform this estimates NELBO / T; training
+    draws more masks, n in proportion to n, which learns faster (see LOG.md) and is no bound."""
     B, T = x0.shape
     u = (torch.arange(B) / B + torch.rand(1, generator=g)) % 1  # low-discrepancy: one offset
-    n = 1 + (u * T).floor().long().clamp(max=T - 1)  # (B,), 1..T
+    n = 1 + (u.sqrt() * T).floor().long().clamp(max=T - 1)  # (B,), 1..T; (E4) has u for its root
     xt = mask_tokens(x0, n, cfg, g)
-    return xt, (xt != x0) / (n[:, None] * B).to(x0.device)  # (E4) / T, as P(n) = 1/T; mean of rows
+    return xt, (xt != x0) / (n[:, None] * B).to(x0.device)  # the mean of rows
 
 
 def masked_ce(model, x0, xt):
@@ -250,8 +252,8 @@ def masked_ce(model, x0, xt):
 
 
 def loss_fn(model, x0, xt, weight):
-    """Unbiased estimate of NELBO / T, nats per position of a row, EOS tail included: less than the
-    nats per token of validation. A sum, so that the losses of micro-batches add up."""
+    """Weighted cross-entropy of the masked tokens, nats per position of a row, its EOS tail
+    included. A sum, so that the losses of micro-batches add up."""
     return (weight * masked_ce(model, x0, xt)).sum()
 
 
