@@ -241,7 +241,8 @@ def corrupt(x0, cfg, g):
     """As bit_diffusion.corrupt, but flips (B, T, K) of +-1 in place of noisy bits, since the model
     has the codes. --loss nelbo: each token's weight is -d lam / dt, over B T."""
     (B, T), K = x0.shape, max(1, (cfg.vocab_size - 1).bit_length())
-    t = ((torch.arange(B) + torch.rand(1, generator=g)) / B)[:, None]  # low-discrepancy
+    u = ((torch.arange(B) + torch.rand(1, generator=g)) / B)[:, None]  # low-discrepancy
+    t = u if cfg.loss == "nelbo" else u.sqrt()
     is_given = None
     if cfg.prefix:
         share = (torch.rand(B, 1, generator=g) < cfg.prefix) * torch.rand(B, 1, generator=g)

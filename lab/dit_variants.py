@@ -275,7 +275,8 @@ def corrupt(x0, cfg, g):
     """lam (B, T); eps (B, T, 2, d), for z and for z at t = 0; weight (B, T, 3), of the token in the
     loss, of its rounding loss, and 1 where this step uses self-conditioning."""
     (B, T), is_given = x0.shape, torch.zeros(x0.shape, dtype=torch.bool)
-    t = ((torch.arange(B) + torch.rand(1, generator=g)) / B)[:, None]
+    u = ((torch.arange(B) + torch.rand(1, generator=g)) / B)[:, None]
+    t = u if cfg.loss_type == "nelbo" else u.sqrt()
     if cfg.prefix:
         share = (torch.rand(B, 1, generator=g) < cfg.prefix) * torch.rand(B, 1, generator=g)
         is_given = torch.arange(T) < (T * share).floor()

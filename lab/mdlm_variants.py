@@ -22,7 +22,8 @@ import mdlm
 
 @dataclass
 class Config(mdlm.Config):
-    schedule: str = "linear"  # linear, cosine, log-linear, mdlm-loglinear, maskgit, powerK (power2)
+    schedule: str = "power0.5"  # of training: power0.5 (mdlm.py), linear (the bound), powerK,
+    # cosine, log-linear, mdlm-loglinear, maskgit
     loss: Literal["mean_per_sequence", "mean_per_batch", "nelbo"] = "mean_per_sequence"
     t_sampler: Literal["iid", "stratified", "low_discrepancy", "antithetic"] = "low_discrepancy"
     exact_count: bool = True  # mask exactly n tokens, or each with probability gamma (E1)
@@ -90,8 +91,9 @@ def mask_independently(x0, gamma, cfg, g):
 
 def corrupt(x0, cfg, g):
     """As mdlm.corrupt, for every schedule, loss and draw of t: xt and the weight of each token in
-    the loss, both (B, T). mean_per_sequence averages each row over its masked tokens, then the
-    rows; mean_per_batch averages all masked tokens (no bound); nelbo has the weight of (E3)."""
+    the loss, both (B, T). mean_per_sequence averages each row over its masked tokens, then the rows
+    (the bound only if the schedule is linear); mean_per_batch averages all masked tokens (no
+    bound); nelbo has the weight of (E3), the bound for every schedule."""
     B, T = x0.shape
     gamma_of, rate_of, inverse = get_schedule(cfg.schedule)
     t = DRAWS[cfg.t_sampler](B, g)

@@ -258,7 +258,7 @@ def corrupt(x0, cfg, g):
             size = (torch.rand(B, 1, generator=g) < cfg.prefix) * torch.rand(B, 1, generator=g)
             is_given = torch.arange(T) < (T * size).floor()
             tau = sdd.position_times(x0.shape, cfg, g, is_given)
-        drawn[:] = noise_levels(t, tau, cfg)
+        drawn[:] = noise_levels(t ** 2 if cfg.loss == "nelbo" else t, tau, cfg)  # of the bound
         return drawn
     prec, eps, weight = sdd.corrupt(x0, cfg, g, levels)
     if cfg.loss == "nelbo":

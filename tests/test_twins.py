@@ -52,9 +52,11 @@ def test_two_scripts_share_this_text(key, one, other):
 def test_settings_differ_in_the_run_folder_the_method_and_sampling_alone(one, other):
     def fields(name):
         return re.split("    # sampling|    # method", pieces(name)["Config"])[0]
-    steps = [next(row for row in fields(name).splitlines() if "    steps:" in row)
-             for name in (one, other)]  # those of the adaptation are others
-    lines = changed(fields(one), fields(other).replace(*steps[::-1]))
+    mine, other_text = fields(one), fields(other)
+    for key in ("steps", "lr"):  # those of the adaptation are others
+        rows = [re.search(f"^    {key}: .*$", text, re.M)[0] for text in (mine, other_text)]
+        other_text = other_text.replace(*rows[::-1])
+    lines = changed(mine, other_text)
     assert [line[2:] for line in lines] == [
         f'    out: str = "out/{name}"  # run folder' for name in (one, other)]
 
