@@ -78,7 +78,7 @@ class Config:
     logsnr_above: float = 3.0  # largest lam, above log(2 ln V), where z_i alone loses the token
     logsnr_below: float = 8.0  # smallest lam, below log(2 ln V)
     noise_window: float = 0.1  # w, time from a position's first noise to pure noise (E2), of 1
-    # sampling; the bound is for --order random --temperature 1 in the limit of many --num-steps
+    # sampling; the bound: --order random --temperature 1 --no-length-first, many --num-steps
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "Once ___ a ___3 who": one token and three are wanted, then the end
@@ -382,13 +382,17 @@ def categorical(logits, g):
     return (p <= u).sum(1).clamp(max=p.shape[1] - 1).to(logits.device)
 
 
-def draw_length(p_eos, x, is_wanted, cfg, g):
+def draw_length(model, x, cfg, g):
     """Rows x (B, T) with EOS from a drawn length on. EOS fill a row up to its end, so as long as
-    nothing wanted is known there the probability of EOS at i, p_eos (B, T), is P(length <= i)."""
-    is_end = is_wanted.flip(1).cumprod(1).flip(1) > 0  # wanted, as all behind it
-    reached = (p_eos * is_end).cummax(1).values
+    nothing wanted is known there P(EOS at i) is P(length <= i)."""
+    is_given = x != cfg.vocab_size
+    lam, emb = torch.where(is_given, model.high, model.low), model.embeddings()[x * is_given]
+    eps = torch.randn(emb.shape, generator=g).to(x.device)
+    z = torch.where(is_given[..., None], q_sample(emb, lam, eps), eps)
+    p_eos = model(z, lam).softmax(2)[..., cfg.eos]
+    is_end = (~is_given).flip(1).cumprod(1).flip(1) > 0  # wanted, as all behind it
     u = torch.rand(len(x), 1, generator=g).to(x.device)
-    return x.masked_fill(is_end & (u < reached), cfg.eos)
+    return x.masked_fill(is_end & (u < (p_eos * is_end).cummax(1).values), cfg.eos)
 
 
 def reassign_times(tau, is_waiting, score):
@@ -418,17 +422,12 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict_x0=predict_x0)
     """The reverse process: positions of x (B, T) with the mask id V become tokens, all else is
     given. Returns x and NFE. on_step(nfe, x) sees x, V where softmax of (E3) is below 1/2."""
     x, V, nfe, device = x.clone(), cfg.vocab_size, 0, x.device
+    length_first = cfg.length_first and cfg.rows == "docs" and (x == V).any()
+    if length_first:
+        x, nfe = draw_length(model, x, cfg, g), 1
     is_given = x != V
     emb = model.embeddings()[x.masked_fill(~is_given, 0)]
     z = eps = torch.randn(emb.shape, generator=g).to(device)
-    length_first = cfg.length_first and cfg.rows == "docs" and not is_given.all()
-    if length_first:
-        lam = torch.where(is_given, *logsnr_range(cfg))
-        z = torch.where(is_given[..., None], q_sample(emb, lam, eps), z)
-        p_eos = model(z, lam).softmax(2)[..., cfg.eos]
-        x, nfe = draw_length(p_eos, x, ~is_given, cfg, g), 1
-        is_given = x != V
-        emb[x == cfg.eos] = model.embeddings()[cfg.eos]
     tau = position_times(x.shape, cfg, g, is_given.cpu()).to(device)
     if cfg.order == "l2r":
         tau = reassign_times(tau, ~is_given, -(~is_given).cumsum(1).float())

@@ -72,7 +72,7 @@ class Config:
     warmup: int = 50  # steps of linear warm-up; then linearly to zero
     ema: float = 0.99  # moving average of the weights, which is evaluated and saved; 0 = off
     eval_every: int = 200  # steps between evaluations and checkpoints
-    # sampling; the bound is for --order random --num-steps 0 --temperature 1 --remask none
+    # sampling; bound: --order random --num-steps 0 --temperature 1 --remask none --no-length-first
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "Once ___ a ___3 who": one token and three are wanted, then the end
@@ -307,13 +307,14 @@ def categorical(logits, g):
     return (p <= u).sum(1).clamp(max=p.shape[1] - 1).to(logits.device)
 
 
-def draw_length(p_eos, x, is_wanted, cfg, g):
+def draw_length(model, x, is_wanted, cfg, g):
     """Rows x (B, T) with EOS from a drawn length on. EOS fill a row up to its end, so as long as
-    nothing wanted is known there the probability of EOS at i, p_eos (B, T), is P(length <= i)."""
+    nothing wanted is known there P(EOS at i) is P(length <= i)."""
+    p_eos = torch.zeros(x.shape, device=x.device)
+    p_eos[is_wanted] = model(x, is_wanted).float().softmax(1)[:, cfg.eos]
     is_end = is_wanted.flip(1).cumprod(1).flip(1) > 0  # wanted, as all behind it
-    reached = (p_eos * is_end).cummax(1).values
     u = torch.rand(len(x), 1, generator=g).to(x.device)
-    return x.masked_fill(is_end & (u < reached), cfg.eos)
+    return x.masked_fill(is_end & (u < (p_eos * is_end).cummax(1).values), cfg.eos)
 
 
 def step_counts(num_masked, N, t, s, cfg, g):
@@ -334,9 +335,7 @@ def sample(model, x, cfg, g, is_wanted=None, on_step=lambda nfe, x: None, step_c
     is_wanted = x == M if is_wanted is None else is_wanted & (x == M)
     length_first = cfg.length_first and cfg.rows == "docs" and is_wanted.any()
     if length_first:
-        p_eos = torch.zeros(x.shape, device=x.device)
-        p_eos[is_wanted] = model(x, is_wanted).float().softmax(1)[:, cfg.eos]
-        x, nfe = draw_length(p_eos, x, is_wanted, cfg, g), 1
+        x, nfe = draw_length(model, x, is_wanted, cfg, g), 1
         is_wanted &= x == M
     drawn_logp = torch.zeros(x.shape, device=x.device)  # log p of every token that was drawn
     N = is_wanted.sum(1).cpu()

@@ -79,7 +79,8 @@ class Config:
     # method
     k: int = 8  # candidates of a position (E3)
     noise_window: float = 0.1  # w, time in which a position goes from clean to unknown (E4), of 1
-    # sampling; the bound: --sampler token --order random --remask none --temperature 1, many steps
+    # sampling; the bound: --sampler token --order random --remask none --temperature 1
+    # --no-length-first, many --num-steps
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "Once ___ a ___3 who": one token and three are wanted, then the end
@@ -400,13 +401,15 @@ def categorical(logits, g):
     return (p <= u).sum(1).clamp(max=p.shape[1] - 1).to(logits.device)
 
 
-def draw_length(p_eos, x, is_wanted, cfg, g):
+def draw_length(model, x, cfg, g, predict):
     """Rows x (B, T) with EOS from a drawn length on. EOS fill a row up to its end, so as long as
-    nothing wanted is known there the probability of EOS at i, p_eos (B, T), is P(length <= i)."""
-    is_end = is_wanted.flip(1).cumprod(1).flip(1) > 0  # wanted, as all behind it
-    reached = (p_eos * is_end).cummax(1).values
+    nothing wanted is known there P(EOS at i) is P(length <= i)."""
+    is_given, p_eos = x != cfg.vocab_size, torch.zeros(x.shape, device=x.device)
+    prec, no_z = torch.where(is_given, CLEAN, 0.0), torch.zeros(0, cfg.vocab_size, device=x.device)
+    p_eos[~is_given] = predict(model, x, prec, no_z, ~is_given)[0].softmax(1)[:, cfg.eos]
+    is_end = (~is_given).flip(1).cumprod(1).flip(1) > 0  # wanted, as all behind it
     u = torch.rand(len(x), 1, generator=g).to(x.device)
-    return x.masked_fill(is_end & (u < reached), cfg.eos)
+    return x.masked_fill(is_end & (u < (p_eos * is_end).cummax(1).values), cfg.eos)
 
 
 def reassign_times(tau, is_waiting, score):
@@ -433,14 +436,11 @@ def sample(model, x, cfg, g, on_step=lambda *_: None, predict=predict, noise_lev
     """The reverse process: positions of x (B, T) with the mask id V become tokens, all else is
     given. Returns x and NFE. on_step(nfe, x) may see x, V where no token has probability 1/2."""
     x, V, nfe, device = x.clone(), cfg.vocab_size, 0, x.device
+    length_first = cfg.length_first and cfg.rows == "docs" and (x == V).any()
+    if length_first:
+        x, nfe = draw_length(model, x, cfg, g, predict), 1
     is_given = x != V
     z, conf = torch.zeros(*x.shape, V, device=device), torch.zeros(x.shape, device=device)
-    length_first = cfg.length_first and cfg.rows == "docs" and not is_given.all()
-    if length_first:
-        p_eos, unknown = torch.zeros(x.shape, device=device), torch.where(is_given, CLEAN, 0.0)
-        p_eos[~is_given] = predict(model, x, unknown, z[:0, 0], ~is_given)[0].softmax(1)[:, cfg.eos]
-        x, nfe = draw_length(p_eos, x, ~is_given, cfg, g), 1
-        is_given = x != V
     tau = position_times(x.shape, cfg, g, is_given.cpu()).to(device)
     prec = torch.where(is_given, CLEAN, 0.0)
     if cfg.order == "l2r":

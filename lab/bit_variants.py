@@ -366,6 +366,10 @@ def sample_and_count(model, x, cfg, g, on_step=lambda nfe, x: None):
     out as the code of no token. --invalid makes tokens of them: project draws again among the
     tokens, modulo counts on from the first code."""
     x, V, nfe, num_invalid, device = x.clone(), cfg.vocab_size, 0, 0, x.device
+    length_first = (cfg.length_first and cfg.rows == "docs" and cfg.head == "token" and
+                    (x == V).any())
+    if length_first:
+        x, nfe = bit_diffusion.draw_length(model, x, cfg, g), 1
     is_given, codes = x != V, model.codes
     is_guided = cfg.guidance > 0 and is_given.any().item()
     bits = q_sample(codes[x.masked_fill(~is_given, 0)], is_given * CLEAN, g)
@@ -381,6 +385,8 @@ def sample_and_count(model, x, cfg, g, on_step=lambda nfe, x: None):
         out = guided(model, bits, lam, is_target, is_given, cfg.guidance, g) if is_guided else \
             model(bits, lam, is_target)
         nfe += 1 + is_guided
+        if length_first:
+            out[:, cfg.eos] = -torch.inf
         if cfg.order == "maxprob":
             score = torch.zeros(x.shape, device=device)
             score[is_target] = confidence(model, out)

@@ -93,7 +93,7 @@ class Cached:
             B, T, C = h.shape
             if first:
                 self.inputs.append(h)
-            self.inputs[i] = self.inputs[i].index_copy(1, positions, h)  # those beside a block count
+            self.inputs[i] = self.inputs[i].index_copy(1, positions, h)
             h = block.convolve(self.inputs[i])[:, positions]
             q, k, v = block.attn.qkv(block.norm1(h)).view(
                 B, T, 3, block.attn.n_head, -1).permute(2, 0, 3, 1, 4)

@@ -432,6 +432,10 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None):
     """As dit_embed.sample, for every option."""
     cfg = cfg.resolve()
     x, V, nfe, device = x.clone(), cfg.vocab_size, 0, x.device
+    length_first = (cfg.length_first and cfg.rows == "docs" and cfg.prediction_type == "logits" and
+                    cfg.given == "clean" and (x == V).any())
+    if length_first:
+        x, nfe = dit_embed.draw_length(model, x, cfg, g), 1
     is_given = x != V
     emb = model.embeddings()[x.masked_fill(~is_given, 0)]
     z = eps = torch.randn(emb.shape, generator=g).to(device)
@@ -453,6 +457,8 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None):
         wanted = torch.ones_like(is_target) if cfg.self_cond else is_target
         out = predict(model, z, lam, wanted, cfg, guess)
         nfe += 1
+        if length_first:
+            out[..., cfg.eos] = -torch.inf
         if cfg.guidance and is_given.any():  # noise in place of the given text
             low = torch.where(is_given, logsnr(torch.ones_like(lam), cfg)[0], lam)
             blank = is_given[..., None]

@@ -43,7 +43,7 @@ def truth_among(model, cfg, x0, g):
     """Share of noisy positions whose truth is among the candidates when 1/16, 3/16 ... 15/16 of the
     path are ahead: in training the truth of x0 (B, T), in sampling what the position becomes."""
     some = dataclasses.replace(cfg, order="random", sampler="token", temperature=1.0, num_steps=16,
-                               remask="none")
+                               remask="none", length_first=False)
     x, frames = sdd_variants.candidate_trace(model, torch.full_like(x0, cfg.vocab_size), some, g)
     times, trained, sampled = [(2 * k + 1) / 16 for k in range(8)], [], []
 

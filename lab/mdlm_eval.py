@@ -37,8 +37,9 @@ class Options:
     seeds: int = 1  # repetitions of every sampling setting
     rows: int = 500  # test rows of the bound
     num_samples: int = 64  # of every setting
-    temperature: float | None = None  # of samples; None: as the run has it, so for the next two
+    temperature: float | None = None  # of samples; None: as the run has it, so for the next three
     remask: Literal["none", "random", "conf"] | None = None
+    length_first: bool | None = None
     top_p: float | None = None
 
 
@@ -119,7 +120,8 @@ def evaluate_all(run, model, tokenizer, data, cfg, opt):
         say("accuracy", rate=rate, accuracy=(said == x0[target]).float().mean().item(),
             unigram=(x0[target] == commonest).float().mean().item())
     # 4. infilling: greedy, the most confident position first
-    greedy = dataclasses.replace(cfg, temperature=0.0, order="maxprob", num_steps=0, remask="none")
+    greedy = dataclasses.replace(cfg, temperature=0.0, order="maxprob", num_steps=0, remask="none",
+                                 length_first=False)
     for name, mask in masks.items():
         bound = mdlm.nelbo(model, x0, cfg, g, is_given=~mask)
         canvas = x0[:n].masked_fill(mask[:n], cfg.vocab_size)
@@ -144,7 +146,8 @@ def evaluate_all(run, model, tokenizer, data, cfg, opt):
                 x, nfe = decode(model, canvas, some, torch.Generator().manual_seed(seed))
                 rows.append(dict(order=order, num_steps=steps, seed=seed, num_samples=n, nfe=nfe,
                                  seconds=time.time() - start, temperature=cfg.temperature,
-                                 remask=cfg.remask, **measure(x, cfg, tokenizer, judge)))
+                                 remask=cfg.remask, length_first=cfg.length_first,
+                                 **measure(x, cfg, tokenizer, judge)))
                 say("samples", **rows[-1])
     figures.plot_quality(run.out, rows, real)
     common.replace(run.out / "eval.jsonl", lambda file: file.writelines(
@@ -154,7 +157,7 @@ def evaluate_all(run, model, tokenizer, data, cfg, opt):
 def main(argv):
     opt = tyro.cli(Options, args=argv, description=__doc__)
     cfg = common.load_config(Config, opt.out, reads_data=True)
-    for name in ("temperature", "remask", "top_p"):
+    for name in ("temperature", "remask", "length_first", "top_p"):
         if getattr(opt, name) is not None:
             setattr(cfg, name, getattr(opt, name))
     run, data = common.Run(cfg), load_data(cfg)

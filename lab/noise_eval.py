@@ -105,7 +105,7 @@ def evaluate_all(run, model, tokenizer, data, cfg, opt):
                 say("accuracy", t=t, accuracy=right[inside[is_noisy]].float().mean().item(),
                     unigram=(x0[target] == commonest).float().mean().item())
         # 3. infilling, one token per step
-        careful = dataclasses.replace(cfg, num_steps=0, temperature=0.5)
+        careful = dataclasses.replace(cfg, num_steps=0, temperature=0.5, length_first=False)
         for name, mask in masks.items():
             bound = lab.nelbo(model, x0, cfg, g, is_given=~mask)
             canvas = x0[:n].masked_fill(mask[:n], cfg.vocab_size)

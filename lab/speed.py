@@ -41,7 +41,7 @@ SCRIPTS = {name: script_of(name) for name in IDEAS}
 AUTO = common.pick_dtype("auto", torch.device("cpu"))
 AMP = torch.autocast("cpu", torch.bfloat16, enabled=AUTO == "bfloat16")
 ONE = "ancestral"  # temperature 1, one token a step
-PLAIN = dict(order="random", num_steps=160, temperature=1.0, remask="none")
+PLAIN = dict(order="random", num_steps=160, temperature=1.0, remask="none", length_first=False)
 MDLM = {  # settings of lab/decoding.py that are timed besides the two of mdlm.py
     "maxprob_32": dict(PLAIN, order="maxprob", num_steps=32),
     "random_32": dict(PLAIN, num_steps=32),

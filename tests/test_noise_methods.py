@@ -165,8 +165,10 @@ def test_by_default_the_lab_is_the_script(method):
         loss.backward()
         values = [loss.detach(), model.head.weight.grad,
                   module.nelbo(model, x0, cfg, generator(3), 8, x0 < 3).float()]
-        for order, steps in (("random", 0), ("l2r", 9), ("maxprob", 30)):
-            some = dataclasses.replace(cfg, order=order, num_steps=steps, top_k=5, temperature=0.7)
+        for order, steps, rows in (("random", 0, "stream"), ("l2r", 9, "docs"),
+                                   ("maxprob", 30, "docs")):
+            some = dataclasses.replace(cfg, order=order, num_steps=steps, top_k=5, temperature=0.7,
+                                       rows=rows)
             x, nfe, frames = draw(method, model, some, x0.masked_fill(x0 > 5, 11), 4,
                                   module.sample)
             values += [x, torch.tensor(nfe), *(frame for _, frame in frames)]

@@ -435,6 +435,16 @@ def test_muon_is_the_muon_of_torch():
 # ---- the length first
 
 
+def with_eos(model, p_eos):
+    """A network that predicts EOS, token 0 of 13, with probability p_eos (T,) wherever it looks."""
+    def forward(*args):
+        logits = torch.zeros(*args[0].shape[:2], 13)
+        logits[..., 0] = (p_eos / (1 - p_eos)).log() + math.log(12)
+        return logits[args[-1]] if args[-1].dtype == torch.bool else logits
+    model.forward = forward
+    return model
+
+
 LENGTH_FIRST = pytest.mark.parametrize("script", SCRIPTS[1:-1], ids=lambda s: s.__name__)
 
 
@@ -442,11 +452,14 @@ LENGTH_FIRST = pytest.mark.parametrize("script", SCRIPTS[1:-1], ids=lambda s: s.
 def test_a_length_is_drawn_from_what_is_predicted(script):
     """P(length <= i) is the largest P(EOS) up to i among the positions wanted up to the end."""
     p_eos, cfg = torch.tensor([0.1, 0.3, 0.2, 0.6, 0.5, 0.9]), Settings()
+    model = with_eos(network(script, cfg), p_eos)
     for given, want in ((), (0.1, 0.2, 0, 0.3, 0, 0.3, 0.1)), ((2,), (0, 0, 0, 0.6, 0, 0.3, 0.1)), (
             (1, 5), (0, 0, 0, 0, 0, 0, 1)):
         x = torch.full((20000, 6), 13)
         x[:, list(given)] = 7
-        out = script.draw_length(p_eos.expand_as(x), x, x == 13, cfg, generator(0))
+        more = dict(is_wanted=x == 13) if script is mdlm else {}
+        more |= dict(predict=sdd.predict) if script is sdd else {}
+        out = script.draw_length(model, x, cfg=cfg, g=generator(0), **more)
         length = (out != cfg.eos).sum(1)
         assert torch.equal(out == cfg.eos, torch.arange(6) >= length[:, None])
         assert torch.equal(out.masked_fill(out == cfg.eos, 13), torch.where(
@@ -460,16 +473,10 @@ def test_a_length_is_drawn_from_what_is_predicted(script):
 def test_documents_end_where_their_length_was_drawn_and_windows_nowhere(script, order):
     """A network that predicts EOS at i with probability i / T wherever it looks: no EOS comes
     before the length, all behind it; without the rule and in running text EOS are anywhere."""
-    T, V = 12, 13
+    T = 12
     cfg = Settings(seq_len=T, order=order, num_steps=4, noise_window=0.3)
-    model = network(script, cfg)
     place = torch.arange(T) / T
-
-    def forward(*args):
-        logits = torch.zeros(*args[0].shape[:2], V)
-        logits[..., cfg.eos] = (place / (1 - place)).log() + math.log(V - 1)
-        return logits[args[-1]] if args[-1].dtype == torch.bool else logits
-    model.forward = forward
+    model = with_eos(network(script, cfg), place)
     for first, rows, ordered in ((True, "docs", True), (False, "docs", False),
                                  (True, "stream", False)):
         cfg.length_first, cfg.rows = first, rows
