@@ -180,7 +180,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Causal transformer: ids (B, T) -> logits (B, T, V), or (n, V) for a boolean `is_target`
+    """Causal transformer: ids (B, T) -> logits (B, T, V), or (n, V) for `is_target`, boolean
     (B, T) that names the n positions whose logits are wanted. With `kv_cache`, a list of one empty
     list per layer at first, it is called again with only the next token of each row."""
 
@@ -217,10 +217,10 @@ def is_scored(x0, cfg):
 def token_nll(model, x0, cfg):
     """-log p(x_i | x_<i) at the scored positions, zero elsewhere: (B, T) nats."""
     inputs = torch.cat((torch.full_like(x0[:, :1], cfg.bos), x0[:, :-1]), 1)  # shift by one
-    is_target = is_scored(x0, cfg).nonzero(as_tuple=True)
-    logits = model(inputs, is_target).float()  # (number scored, V)  # (E2)
+    at_target = is_scored(x0, cfg).nonzero(as_tuple=True)
+    logits = model(inputs, at_target).float()  # (number scored, V)  # (E2)
     nll = torch.zeros(x0.shape, device=x0.device)
-    nll[is_target] = F.cross_entropy(logits, x0[is_target], reduction="none")
+    nll[at_target] = F.cross_entropy(logits, x0[at_target], reduction="none")
     return nll
 
 

@@ -184,7 +184,7 @@ class Block(nn.Module):
         self.norm2, self.mlp = nn.RMSNorm(cfg.n_embd), MLP(cfg)
 
     def convolve(self, x):
-        """Add to each position of x (B, T, C) a weighted sum over three neighbours on each side."""
+        """Add to x (B, T, C) weighted neighbours, 3 on each side (Canon layer, Allen-Zhu 2025)."""
         with torch.autocast(x.device.type, enabled=False):  # float32 is faster here on CPUs
             return x + self.conv(x.mT[:, :, None])[:, :, 0].mT  # of (B, C, 1, T)
 
@@ -213,7 +213,7 @@ CLEAN = 40.0  # lam of a clean position: a bit of it is wrong with probability b
 
 class Model(nn.Module):
     """Bidirectional transformer: noisy bits (B, T, K) of +-1 and their log-odds lam (B, T) to be
-    right -> logits (B, T, V) of (E4), or (n, V) at the n positions of a boolean `is_target` (B, T).
+    right -> logits (B, T, V) of (E4), or (n, V) at the n positions `is_target`, boolean or indices.
     It has no time embedding: it sees lam through the self-likelihood (E3)."""
 
     def __init__(self, cfg):
@@ -240,11 +240,11 @@ class Model(nn.Module):
         """What the network sees of each position, (B, T, C): the mean of wte under softmax of the
         self-likelihood; zero for pure noise, one token's embedding where the bits are clean."""
         x = torch.zeros(*lam.shape, self.wte.embedding_dim, device=bits.device)
-        is_clean = (lam >= CLEAN).nonzero(as_tuple=True)
-        is_noisy = ((lam > 0) & (lam < CLEAN)).nonzero(as_tuple=True)
-        p = self.self_likelihood(bits[is_noisy], lam[is_noisy]).softmax(1)
-        x[is_noisy] = (p @ self.wte.weight).to(x.dtype)
-        x[is_clean] = self.wte(bits_to_int(bits[is_clean], len(self.codes)))
+        at_clean = (lam >= CLEAN).nonzero(as_tuple=True)
+        at_noisy = ((lam > 0) & (lam < CLEAN)).nonzero(as_tuple=True)
+        p = self.self_likelihood(bits[at_noisy], lam[at_noisy]).softmax(1)
+        x[at_noisy] = (p @ self.wte.weight).to(x.dtype)
+        x[at_clean] = self.wte(bits_to_int(bits[at_clean], len(self.codes)))
         return x
 
     def forward(self, bits, lam, is_target=None):
@@ -332,9 +332,9 @@ def corrupt(x0, cfg, g):
 def loss_fn(model, x0, bits, lam, weight):
     """Cross-entropy of the noisy tokens; BCE of bits is in lab/bit_variants.py. Not the NELBO (E6):
     trained on this, the NELBO ends lower. A sum, so that the losses of micro-batches add up."""
-    is_noisy = (weight > 0).nonzero(as_tuple=True)
-    logits = model(bits, lam, is_noisy)
-    return (F.cross_entropy(logits, x0[is_noisy], reduction="none") * weight[is_noisy]).sum()
+    at_noisy = (weight > 0).nonzero(as_tuple=True)
+    logits = model(bits, lam, at_noisy)
+    return (F.cross_entropy(logits, x0[at_noisy], reduction="none") * weight[at_noisy]).sum()
 
 
 @torch.no_grad()

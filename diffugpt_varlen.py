@@ -308,9 +308,9 @@ def corrupt(x0, cfg, g, step=math.inf, random_prompts=random_prompts):
 def loss_fn(model, x, xt, weight, attention_mask):
     """Weighted cross-entropy, a scalar in nats per position that may be masked; without prompts,
     crops and annealing NELBO / T. A sum, so that the losses of micro-batches add up."""
-    is_target = (weight > 0).nonzero(as_tuple=True)
-    logits = model(xt, is_target, attention_mask).float()
-    return (weight[is_target] * F.cross_entropy(logits, x[is_target], reduction="none")).sum()
+    at_target = (weight > 0).nonzero(as_tuple=True)
+    logits = model(xt, at_target, attention_mask).float()
+    return (weight[at_target] * F.cross_entropy(logits, x[at_target], reduction="none")).sum()
 
 
 def target_nats(model, x, xt, is_target, attention_mask=None):

@@ -184,7 +184,7 @@ class Block(nn.Module):
         self.norm2, self.mlp = nn.RMSNorm(cfg.n_embd), MLP(cfg)
 
     def convolve(self, x):
-        """Add to each position of x (B, T, C) a weighted sum over three neighbours on each side."""
+        """Add to x (B, T, C) weighted neighbours, 3 on each side (Canon layer, Allen-Zhu 2025)."""
         with torch.autocast(x.device.type, enabled=False):  # float32 is faster here on CPUs
             return x + self.conv(x.mT[:, :, None])[:, :, 0].mT  # of (B, C, 1, T)
 
@@ -207,7 +207,7 @@ def logsnr_range(cfg):
 
 class Model(nn.Module):
     """Bidirectional transformer: noisy z (B, T, d) and log-SNR lam (B, T) -> logits (B, T, V) of
-    (E4), or (n, V) at the n positions of a boolean `is_target` (B, T)."""
+    (E4), or (n, V) at the n positions `is_target`, boolean (B, T) or indices."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -249,11 +249,11 @@ class Model(nn.Module):
         self-likelihood; zero for pure noise, one token's embedding where z is clean."""
         x = torch.zeros(*lam.shape, self.wte.embedding_dim, device=z.device)
         is_clean = lam >= self.high - 1e-3
-        is_noisy = ((lam > self.low + 1e-3) & ~is_clean).nonzero(as_tuple=True)
-        is_clean = is_clean.nonzero(as_tuple=True)
-        p = self.self_likelihood(z[is_noisy], lam[is_noisy]).softmax(1)
-        x[is_noisy] = (p @ self.wte.weight).to(x.dtype)
-        x[is_clean] = self.wte(self.self_likelihood(z[is_clean], lam[is_clean]).argmax(1))
+        at_noisy = ((lam > self.low + 1e-3) & ~is_clean).nonzero(as_tuple=True)
+        at_clean = is_clean.nonzero(as_tuple=True)
+        p = self.self_likelihood(z[at_noisy], lam[at_noisy]).softmax(1)
+        x[at_noisy] = (p @ self.wte.weight).to(x.dtype)
+        x[at_clean] = self.wte(self.self_likelihood(z[at_clean], lam[at_clean]).argmax(1))
         return x
 
     def embed_noise(self, lam):
@@ -321,9 +321,9 @@ def corrupt(x0, cfg, g):
 
 def loss_fn(model, x0, lam, eps, weight):
     """Sum of weight * cross-entropy. Not the NELBO, which ends lower when this is trained."""
-    is_noisy = (weight > 0).nonzero(as_tuple=True)
-    logits = model(q_sample(model.embeddings()[x0], lam, eps), lam, is_noisy)
-    return (F.cross_entropy(logits, x0[is_noisy], reduction="none") * weight[is_noisy]).sum()
+    at_noisy = (weight > 0).nonzero(as_tuple=True)
+    logits = model(q_sample(model.embeddings()[x0], lam, eps), lam, at_noisy)
+    return (F.cross_entropy(logits, x0[at_noisy], reduction="none") * weight[at_noisy]).sum()
 
 
 @torch.no_grad()

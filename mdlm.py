@@ -174,7 +174,7 @@ class Block(nn.Module):
         self.norm2, self.mlp = nn.RMSNorm(cfg.n_embd), MLP(cfg)
 
     def convolve(self, x):
-        """Add to each position of x (B, T, C) a weighted sum over three neighbours on each side."""
+        """Add to x (B, T, C) weighted neighbours, 3 on each side (Canon layer, Allen-Zhu 2025)."""
         with torch.autocast(x.device.type, enabled=False):  # float32 is faster here on CPUs
             return x + self.conv(x.mT[:, :, None])[:, :, 0].mT  # of (B, C, 1, T)
 
@@ -187,7 +187,7 @@ class Block(nn.Module):
 
 class Model(nn.Module):
     """Bidirectional transformer: ids (B, T) in 0..V, where V is the mask M -> logits (B, T, V), or
-    (n, V) at the n positions of a boolean `is_target` (B, T). No time: x_t shows its mask rate."""
+    (n, V) at the n positions `is_target`, boolean (B, T) or indices. No time: x_t shows it."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -237,17 +237,17 @@ def corrupt(x0, cfg, g):
     draws more masks, n in proportion to n, which learns faster (see LOG.md) and is no bound."""
     B, T = x0.shape
     u = (torch.arange(B) / B + torch.rand(1, generator=g)) % 1  # low-discrepancy: one offset
-    n = 1 + (u.sqrt() * T).floor().long().clamp(max=T - 1)  # (B,), 1..T; (E4) has u for its root
+    n = 1 + (u.sqrt() * T).floor().long().clamp(max=T - 1)  # (B,), 1..T; u itself is (E4)
     xt = mask_tokens(x0, n, cfg, g)
     return xt, (xt != x0) / (n[:, None] * B).to(x0.device)  # the mean of rows
 
 
 def masked_ce(model, x0, xt):
     """Cross-entropy c_i of the masked tokens in nats, zero elsewhere: (B, T)."""
-    is_mask = (xt != x0).nonzero(as_tuple=True)  # x0 holds no M; indices: a GPU waits once
-    logits = model(xt, is_mask).float()  # (number masked, V)
+    at_mask = (xt != x0).nonzero(as_tuple=True)  # x0 holds no M; indices, so a GPU waits once
+    logits = model(xt, at_mask).float()  # (number masked, V)
     ce = torch.zeros(x0.shape, device=x0.device)
-    ce[is_mask] = F.cross_entropy(logits, x0[is_mask], reduction="none")  # (E2)
+    ce[at_mask] = F.cross_entropy(logits, x0[at_mask], reduction="none")  # (E2)
     return ce
 
 

@@ -189,7 +189,7 @@ class Block(nn.Module):
         self.norm2, self.mlp = nn.RMSNorm(cfg.n_embd), MLP(cfg)
 
     def convolve(self, x):
-        """Add to each position of x (B, T, C) a weighted sum over three neighbours on each side."""
+        """Add to x (B, T, C) weighted neighbours, 3 on each side (Canon layer, Allen-Zhu 2025)."""
         with torch.autocast(x.device.type, enabled=False):  # float32 is faster here on CPUs
             return x + self.conv(x.mT[:, :, None])[:, :, 0].mT  # of (B, C, 1, T)
 
@@ -203,8 +203,8 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Bidirectional transformer over states: candidates ids (B, T, K) and logp (B, T, K + 1), their
     log-probabilities and, last, that of all other tokens -> the context's logits net (B, T, V) of
-    (E5), or (n, V) at the n positions of a boolean `is_target` (B, T). The first candidate of a
-    clean position has logp 0; where nothing is known, all others together have it."""
+    (E5), or (n, V) at the n positions `is_target`, boolean (B, T) or indices. The first candidate
+    of a clean position has logp 0; where nothing is known, all others together have it."""
     CAP = 10.0  # largest logit of the network, either sign: context alone gives odds up to e^20
 
     def __init__(self, cfg):
@@ -226,14 +226,14 @@ class Model(nn.Module):
     def embed(self, ids, logp):
         """A state as one vector, (B, T, C): e_0 of the first candidate if clean, 0 if unknown, else
         sum_j p_j (e_j + f(log p_j)) over the candidates and the other mass, whose e is 0."""
-        is_clean = (logp[..., 0] == 0).nonzero(as_tuple=True)
-        is_between = ((logp[..., 0] < 0) & (logp[..., -1] < 0)).nonzero(as_tuple=True)
+        at_clean = (logp[..., 0] == 0).nonzero(as_tuple=True)
+        at_between = ((logp[..., 0] < 0) & (logp[..., -1] < 0)).nonzero(as_tuple=True)
         x = torch.zeros(*ids.shape[:2], self.wpe.embedding_dim, device=ids.device)
-        x[is_clean] = self.wte(ids[is_clean][:, 0])
-        logp = logp[is_between]  # (n, K + 1)
-        slots = F.pad(self.wte(ids[is_between]), (0, 0, 0, 1))
+        x[at_clean] = self.wte(ids[at_clean][:, 0])
+        logp = logp[at_between]  # (n, K + 1)
+        slots = F.pad(self.wte(ids[at_between]), (0, 0, 0, 1))
         slots = slots + self.logp_head(F.gelu(self.logp_in(logp.clamp(min=-20)[..., None] / 10)))
-        x[is_between] = (logp.exp()[:, None] @ slots)[:, 0].to(x.dtype)
+        x[at_between] = (logp.exp()[:, None] @ slots)[:, 0].to(x.dtype)
         return x
 
     def forward(self, ids, logp, is_target=None):
@@ -300,8 +300,8 @@ def input_state(x, prec, z, k):
     logp[..., 0].masked_fill_(prec >= CLEAN, 0.0)
     logp[..., -1].masked_fill_(prec == 0, 0.0)
     if len(z):
-        is_between = between(prec).nonzero(as_tuple=True)
-        ids[is_between], logp[is_between] = top_k_state(z, k)
+        at_between = between(prec).nonzero(as_tuple=True)
+        ids[at_between], logp[at_between] = top_k_state(z, k)
     return ids, logp
 
 
@@ -344,12 +344,12 @@ def corrupt(x0, cfg, g, noise_levels=noise_levels):
 def loss_fn(model, x0, prec, eps, weight):
     """Cross-entropy of the noisy tokens, not the NELBO: trained on it, the NELBO ends lower. A sum,
     so that the losses of micro-batches add up."""
-    is_noisy, count = (weight > 0).nonzero(as_tuple=True), between(prec).sum(1)
+    at_noisy, count = (weight > 0).nonzero(as_tuple=True), between(prec).sum(1)
     eps = eps[torch.arange(eps.shape[1], device=eps.device) < count[:, None]]  # (n, V)
-    is_between = between(prec).nonzero(as_tuple=True)
-    z = q_sample(x0[is_between], prec[is_between], eps)
-    logits, _ = predict(model, x0, prec, z, is_noisy)
-    return (F.cross_entropy(logits, x0[is_noisy], reduction="none") * weight[is_noisy]).sum()
+    at_between = between(prec).nonzero(as_tuple=True)
+    z = q_sample(x0[at_between], prec[at_between], eps)
+    logits, _ = predict(model, x0, prec, z, at_noisy)
+    return (F.cross_entropy(logits, x0[at_noisy], reduction="none") * weight[at_noisy]).sum()
 
 
 @torch.no_grad()
