@@ -14,6 +14,7 @@ import signal
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -107,6 +108,7 @@ def compile_blocks(blocks, cfg, device):
     able = device.type != "mps" and any(map(shutil.which, ("g++", "clang++", "cl")))
     if cfg.compile == "yes" or cfg.compile == "auto" and able and cfg.steps >= 5000:
         torch._dynamo.config.suppress_errors = cfg.compile == "auto"  # what fails runs as it is
+        warnings.filterwarnings("ignore", ".*code generation for complex operators")  # rotate()
         for block in blocks:
             block.compile()
 
