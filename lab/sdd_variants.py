@@ -258,7 +258,8 @@ def corrupt(x0, cfg, g):
             size = (torch.rand(B, 1, generator=g) < cfg.prefix) * torch.rand(B, 1, generator=g)
             is_given = torch.arange(T) < (T * size).floor()
             tau = sdd.position_times(x0.shape, cfg, g, is_given)
-        drawn[:] = noise_levels(t ** 2 if cfg.loss == "nelbo" else t, tau, cfg)  # of the bound
+        u = (t ** (1 / 0.75) - 0.1) / 0.9  # the bound is about evenly spread times
+        drawn[:] = noise_levels(u if cfg.loss == "nelbo" else t, tau, cfg)
         return drawn
     prec, eps, weight = sdd.corrupt(x0, cfg, g, levels)
     if cfg.loss == "nelbo":

@@ -319,14 +319,16 @@ def reference_nll(model, x, cfg, mean=True):
     return loss if mean else loss * scored.sum()
 
 
-def quality(times=(120, 300), rates=(1e-3, 2e-3, 4e-3)):
+def quality(times=(120, 300), rates=(1e-3, 2e-3, 4e-3), names=None):
     """Nats per story of 128 validation stories after so many seconds, at each rate that was tried;
-    after the second time only at the best of the first."""
+    after the second time only at the best of the first. `names`: only these rivals."""
     out, before = {}, torch.get_num_threads()
     torch.set_num_threads(1)
     rivals = dict(ar=(ar, ar.Model), reference=(ar, Reference),
                   mdlm=(mdlm, mdlm.Model), mdlm_adamw=(mdlm, Plain))
     for name, (script, Model) in rivals.items():
+        if names and name not in names:
+            continue
         own = Model is script.Model
         tried = (script.Config.lr,) if own else rates
         for seconds in times:
