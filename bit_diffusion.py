@@ -427,6 +427,7 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict_x0=predict_x0)
     length_first = cfg.length_first and cfg.rows == "docs" and (x == V).any()
     if length_first:
         x, nfe = draw_length(model, x, cfg, g), 1
+        on_step(nfe, x)
     is_given = x != V
     bits = q_sample(model.codes[x.masked_fill(~is_given, 0)], is_given * CLEAN, g)
     tau = position_times(x.shape, cfg, g, is_given.cpu()).to(device)

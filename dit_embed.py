@@ -425,6 +425,7 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict_x0=predict_x0)
     length_first = cfg.length_first and cfg.rows == "docs" and (x == V).any()
     if length_first:
         x, nfe = draw_length(model, x, cfg, g), 1
+        on_step(nfe, x)
     is_given = x != V
     emb = model.embeddings()[x.masked_fill(~is_given, 0)]
     z = eps = torch.randn(emb.shape, generator=g).to(device)

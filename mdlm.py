@@ -336,6 +336,7 @@ def sample(model, x, cfg, g, is_wanted=None, on_step=lambda nfe, x: None, step_c
     length_first = cfg.length_first and cfg.rows == "docs" and is_wanted.any()
     if length_first:
         x, nfe = draw_length(model, x, is_wanted, cfg, g), 1
+        on_step(nfe, x)
         is_wanted &= x == M
     drawn_logp = torch.zeros(x.shape, device=x.device)  # log p of every token that was drawn
     N = is_wanted.sum(1).cpu()

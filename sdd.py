@@ -439,6 +439,7 @@ def sample(model, x, cfg, g, on_step=lambda *_: None, predict=predict, noise_lev
     length_first = cfg.length_first and cfg.rows == "docs" and (x == V).any()
     if length_first:
         x, nfe = draw_length(model, x, cfg, g, predict), 1
+        on_step(nfe, x)
     is_given = x != V
     z, conf = torch.zeros(*x.shape, V, device=device), torch.zeros(x.shape, device=device)
     tau = position_times(x.shape, cfg, g, is_given.cpu()).to(device)

@@ -370,6 +370,7 @@ def sample_and_count(model, x, cfg, g, on_step=lambda nfe, x: None):
                     (x == V).any())
     if length_first:
         x, nfe = bit_diffusion.draw_length(model, x, cfg, g), 1
+        on_step(nfe, x)
     is_given, codes = x != V, model.codes
     is_guided = cfg.guidance > 0 and is_given.any().item()
     bits = q_sample(codes[x.masked_fill(~is_given, 0)], is_given * CLEAN, g)

@@ -436,6 +436,7 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None):
                     cfg.given == "clean" and (x == V).any())
     if length_first:
         x, nfe = dit_embed.draw_length(model, x, cfg, g), 1
+        on_step(nfe, x)
     is_given = x != V
     emb = model.embeddings()[x.masked_fill(~is_given, 0)]
     z = eps = torch.randn(emb.shape, generator=g).to(device)

@@ -212,7 +212,7 @@ def test_every_feature_works_at_tiny_size(command, home, capsys, monkeypatch, tm
 
 @pytest.mark.parametrize("flags, nfe", [
     ("--sampler threshold --threshold 0.0001 --remask none", 1),
-    ("--prompt the --guidance 1 --num-steps 8", 16), ("--length 80 --block 8 --num-steps 20", 20)])
+    ("--prompt the --guidance 1 --num-steps 8", 18), ("--length 80 --block 8 --num-steps 20", 20)])
 def test_decoding_is_by_these_decoders(flags, nfe, home, capsys):
     shown = said("decoding", capsys, "sample", "--out", home / "mdlm", *flags.split())
     assert f"nfe {nfe}," in shown
@@ -240,7 +240,7 @@ def test_the_suite_writes_its_rows_and_figures(home, capsys):
         ["real"] + 4 * ["samples"])
     assert f"test: <= {rows[2]['nats_per_token']:.3f} nats/token" in shown
     assert [(r["order"], r["num_steps"], r["nfe"]) for r in rows[-4:]] == [
-        (order, n, n) for order in ("random", "margin") for n in (4, 8)]
+        (order, n, n + 1) for order in ("random", "margin") for n in (4, 8)]
     assert all(r["gen_nll"] > 0 and r["temperature"] == 1 and r["remask"] == "none"
                for r in rows[-4:]) and rows[0]["config"]["steps"] == 4
     for name in ("integrand.png", "quality.png"):
