@@ -116,7 +116,7 @@ def get_eval_rows(split, cfg, n):
 
 # ---- 3. model ----------------------------------------------------------------------------------
 def rotate(x, positions):
-    """Rotary positions (Su et al. 2021): turn the pairs (x_2j, x_2j+1) of x (B, H, T, D), taken as
+    """Rotary positions (Su et al. 2021): turn the pairs (x_2j, x_2j+1) of x (..., T, D), taken as
     complex numbers."""
     D = x.shape[-1]
     angle = positions[:, None] * 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)
@@ -139,7 +139,7 @@ class Attention(nn.Module):
         (q, k), v = rotate(F.layer_norm(qk, qk.shape[4:]), positions), v.squeeze(0)  # (B, H, T, D)
         if kv_cache is not None:  # extended in place, by the prompt, then by one token a call
             k, v = (torch.cat(pair, 2) for pair in zip(kv_cache, (k, v))) if kv_cache else (k, v)
-            kv_cache[:] = k, v  # (B, H, past and new tokens, D)
+            kv_cache[:] = k, v  # (B, H, past and new tokens, D); Block appends its own past
         if x.device.type == "cpu":  # written out: the fused kernel is slow there, see LOG.md
             scores = q * q.shape[3] ** -0.5 @ k.mT  # (B, H, T, past and new tokens)
             future = scores.new_full(scores.shape[2:], -torch.inf).triu(1 + k.shape[2] - T)

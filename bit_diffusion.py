@@ -85,7 +85,7 @@ class Config:
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "Once ___ a ___3 who": one token and three are wanted, then the end
     trace: bool = False  # print the trajectory of the first sample
-    num_steps: int = 64  # NFE, network evaluations; 0 = as many as the row has tokens
+    num_steps: int = 64  # network evaluations, without that of the length; 0 = a token per step
     order: Literal["random", "l2r", "maxprob"] = "maxprob"  # which position is denoised first
     length_first: bool = True  # draw the length of a document first, then its tokens
     temperature: float = 0.3  # below 1: safer, less diverse; 0: most likely by context
@@ -137,7 +137,7 @@ def get_eval_rows(split, cfg, n):
 
 # ---- 3. model ----------------------------------------------------------------------------------
 def rotate(x, positions):
-    """Rotary positions (Su et al. 2021): turn the pairs (x_2j, x_2j+1) of x (B, H, T, D), taken as
+    """Rotary positions (Su et al. 2021): turn the pairs (x_2j, x_2j+1) of x (..., T, D), taken as
     complex numbers."""
     D = x.shape[-1]
     angle = positions[:, None] * 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)
@@ -184,9 +184,10 @@ class Block(nn.Module):
         self.norm2, self.mlp = nn.RMSNorm(cfg.n_embd), MLP(cfg)
 
     def convolve(self, x):
-        """Add to x (B, T, C) weighted neighbours, 3 on each side (Canon layer, Allen-Zhu 2025)."""
+        """x (B, T, C) and, channel by channel, a weighted sum of each token and 3 on each side (a
+        two-sided Canon layer, Allen-Zhu 2025). Conv2d is faster than Conv1d on CPUs."""
         with torch.autocast(x.device.type, enabled=False):  # float32 is faster here on CPUs
-            return x + self.conv(x.mT[:, :, None])[:, :, 0].mT  # of (B, C, 1, T)
+            return x + self.conv(x.mT[:, :, None])[:, :, 0].mT  # conv: (B, C, 1, T)
 
     def forward(self, x, positions, is_target=None):
         x = self.convolve(x)
@@ -386,12 +387,12 @@ def categorical(logits, g):
 
 
 def draw_length(model, x, cfg, g):
-    """Rows x (B, T) with EOS from a drawn length on. EOS fill a row up to its end, so as long as
-    nothing wanted is known there P(EOS at i) is P(length <= i)."""
+    """Rows x (B, T) with EOS from a drawn length on. EOS fill a row: P(EOS at i) is P(length <= i)
+    (cummax: the network's may fall). No temperature, top-k or top-p. Full rows get no EOS."""
     is_given = x != cfg.vocab_size
     bits = q_sample(model.codes[x.masked_fill(~is_given, 0)], is_given * CLEAN, g)
     p_eos = model(bits, is_given * CLEAN).softmax(2)[..., cfg.eos]
-    is_end = (~is_given).flip(1).cumprod(1).flip(1) > 0  # wanted, as all behind it
+    is_end = (~is_given).flip(1).cumprod(1).flip(1) > 0  # wanted, as all to its right
     u = torch.rand(len(x), 1, generator=g).to(x.device)
     return x.masked_fill(is_end & (u < (p_eos * is_end).cummax(1).values), cfg.eos)
 
@@ -424,8 +425,8 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict_x0=predict_x0)
     """The reverse process: positions of x (B, T) with the mask id V become tokens, all else is
     given. Returns x and NFE. on_step(nfe, ids) sees decoded bits, V where one is likely wrong."""
     x, V, nfe, device = x.clone(), cfg.vocab_size, 0, x.device
-    length_first = cfg.length_first and cfg.rows == "docs" and (x == V).any()
-    if length_first:
+    length_first = cfg.length_first and cfg.rows == "docs"
+    if length_first and (x[:, -1] == V).any():
         x, nfe = draw_length(model, x, cfg, g), 1
         on_step(nfe, x)
     is_given = x != V

@@ -22,10 +22,11 @@ Equations. M is the mask, gamma(t) = 1 - alpha(t) the noise schedule: the mask r
 Shapes: B rows, T tokens, V vocabulary, C width, H heads, D = C / H. Units: nats. Every position of
 a row is scored, also the EOS that fill it up: the model is not told the length. g draws all noise.
 
-Differs from the paper: training draws n masks (E4), many more often than few, and has no schedule
-and no cut-off epsilon; sampling has gamma_t = t and fixed counts, and draws the length first.
-Differs from ar.py, which lists what differs from GPT-2: attention and convolutions look to both
-sides, and masks need learned positions.
+Differs from the paper: training draws a number n of masks, P(n) ~ n, where (E4) has n uniform, so
+the training loss is no bound (nelbo is); no schedule, no cut-off epsilon. Sampling unmasks fixed
+counts, the most confident first, and draws the length of a document before. Differs from ar.py,
+which lists what differs from GPT-2: attention and convolutions look to both sides, and masks need
+learned positions.
 """
 import copy
 import math
@@ -77,9 +78,9 @@ class Config:
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "Once ___ a ___3 who": one token and three are wanted, then the end
     trace: bool = False  # print the trajectory of the first sample
-    num_steps: int = 32  # NFE, network evaluations; 0 = one token per step
+    num_steps: int = 32  # network evaluations, without that of the length; 0 = a token per step
     order: Literal["random", "l2r", "maxprob", "margin", "entropy"] = "maxprob"  # unmasked first
-    remask: Literal["none", "random", "conf"] = "conf"  # ReMDM (E6); conf: improbable tokens first
+    remask: Literal["none", "random", "conf"] = "conf"  # ReMDM (E6); conf: improbable ones rather
     length_first: bool = True  # draw the length of a document first, then its tokens
     temperature: float = 0.5  # below 1: safer, less diverse; 0: the most likely token
     top_k: int = 0  # keep the k most likely tokens; 0 = all
@@ -127,7 +128,7 @@ def get_eval_rows(split, cfg, n):
 
 # ---- 3. model ----------------------------------------------------------------------------------
 def rotate(x, positions):
-    """Rotary positions (Su et al. 2021): turn the pairs (x_2j, x_2j+1) of x (B, H, T, D), taken as
+    """Rotary positions (Su et al. 2021): turn the pairs (x_2j, x_2j+1) of x (..., T, D), taken as
     complex numbers."""
     D = x.shape[-1]
     angle = positions[:, None] * 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)
@@ -174,9 +175,10 @@ class Block(nn.Module):
         self.norm2, self.mlp = nn.RMSNorm(cfg.n_embd), MLP(cfg)
 
     def convolve(self, x):
-        """Add to x (B, T, C) weighted neighbours, 3 on each side (Canon layer, Allen-Zhu 2025)."""
+        """x (B, T, C) and, channel by channel, a weighted sum of each token and 3 on each side (a
+        two-sided Canon layer, Allen-Zhu 2025). Conv2d is faster than Conv1d on CPUs."""
         with torch.autocast(x.device.type, enabled=False):  # float32 is faster here on CPUs
-            return x + self.conv(x.mT[:, :, None])[:, :, 0].mT  # of (B, C, 1, T)
+            return x + self.conv(x.mT[:, :, None])[:, :, 0].mT  # conv: (B, C, 1, T)
 
     def forward(self, x, positions, is_target=None):
         x = self.convolve(x)
@@ -192,7 +194,7 @@ class Model(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.wte = nn.Embedding(cfg.vocab_size + 1, cfg.n_embd)
-        self.wpe = nn.Embedding(cfg.seq_len, cfg.n_embd)  # rotary cannot tell equal masks apart
+        self.wpe = nn.Embedding(cfg.seq_len, cfg.n_embd)  # for rotary ones all masks are alike
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.n_embd)
         self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
@@ -232,14 +234,14 @@ def mask_tokens(x0, n, cfg, g, is_given=None):
 
 def corrupt(x0, cfg, g):
     """The forward process: xt and each token's weight in the loss, both (B, T). Under (E1) n masks
-    have probability Binomial(n; T, gamma). Its integral with the weight d gamma / gamma of (E3) is
-    1/n, so (E3) is (E4): weigh each c_i by 1/n. With n uniform this estimates NELBO / T; training
-    draws more masks, n in proportion to n, which learns faster (see LOG.md) and is no bound."""
+    have probability Binomial(n; T, gamma), whose integral over d gamma / gamma, the weight of (E3),
+    is 1/n: (E4), each c_i weighs 1/n. With n uniform that estimates NELBO / T. Training draws more
+    masks, P(n) = (2n - 1) / T^2, which learns faster (see LOG.md): no bound."""
     B, T = x0.shape
     u = (torch.arange(B) / B + torch.rand(1, generator=g)) % 1  # low-discrepancy: one offset
-    n = 1 + (u.sqrt() * T).floor().long().clamp(max=T - 1)  # (B,), 1..T; u itself is (E4)
+    n = 1 + (u.sqrt() * T).floor().long().clamp(max=T - 1)  # (B,), 1..T; u for u.sqrt(): (E4)
     xt = mask_tokens(x0, n, cfg, g)
-    return xt, (xt != x0) / (n[:, None] * B).to(x0.device)  # the mean of rows
+    return xt, (xt != x0) / (n[:, None] * B).to(x0.device)  # 1/n, mean of rows
 
 
 def masked_ce(model, x0, xt):
@@ -252,8 +254,8 @@ def masked_ce(model, x0, xt):
 
 
 def loss_fn(model, x0, xt, weight):
-    """Weighted cross-entropy of the masked tokens, nats per position of a row, its EOS tail
-    included. A sum, so that the losses of micro-batches add up."""
+    """Mean over the rows of the mean c_i of their masked tokens, EOS tail included, in nats. No
+    bound. A sum, so that the losses of micro-batches add up."""
     return (weight * masked_ce(model, x0, xt)).sum()
 
 
@@ -308,21 +310,21 @@ def categorical(logits, g):
 
 
 def draw_length(model, x, is_wanted, cfg, g):
-    """Rows x (B, T) with EOS from a drawn length on. EOS fill a row up to its end, so as long as
-    nothing wanted is known there P(EOS at i) is P(length <= i)."""
+    """Rows x (B, T) with EOS from a drawn length on. EOS fill a row: P(EOS at i) is P(length <= i)
+    (cummax: the network's may fall). No temperature, top-k or top-p. Full rows get no EOS."""
     p_eos = torch.zeros(x.shape, device=x.device)
     p_eos[is_wanted] = model(x, is_wanted).float().softmax(1)[:, cfg.eos]
-    is_end = is_wanted.flip(1).cumprod(1).flip(1) > 0  # wanted, as all behind it
+    is_end = is_wanted.flip(1).cumprod(1).flip(1) > 0  # wanted, as all to its right
     u = torch.rand(len(x), 1, generator=g).to(x.device)
     return x.masked_fill(is_end & (u < (p_eos * is_end).cummax(1).values), cfg.eos)
 
 
 def step_counts(num_masked, N, t, s, cfg, g):
-    """How many tokens the step t -> s unmasks and remasks, two (B,), of N that were wanted and
-    num_masked that are masked: means of (E5) and (E6) for gamma_t = t, rounded, with the largest
+    """How many tokens the step t -> s unmasks and remasks, two (B,), of N to generate, of which
+    num_masked are masked: means of (E5) and (E6) for gamma_t = t, rounded, with the largest
     sigma, ReMDM's eta = 1. lab/decoding.py has other schedules and eta, and draws with g."""
-    left = torch.minimum(num_masked, (N * s + 1e-6).floor().long())  # at s; 1e-6: rounding
-    sigma = min(1.0, s / (1 - t)) if t < 1 and cfg.remask != "none" else 0.0  # more: (E6) > 1
+    left = torch.minimum(num_masked, (N * s + 1e-6).floor().long())  # at s; 1e-6: float error
+    sigma = min(1.0, s / (1 - t)) if t < 1 and cfg.remask != "none" else 0.0  # larger: (E6) > 1
     num_remask = torch.minimum((sigma * (N - num_masked)).round().long(), left)  # (E6)
     return num_masked - left + num_remask, num_remask  # (E5)
 
@@ -333,8 +335,8 @@ def sample(model, x, cfg, g, is_wanted=None, on_step=lambda nfe, x: None, step_c
     tokens, all else is carried over. Returns x and NFE. on_step(nfe, x) may see and change x."""
     x, M, nfe = x.clone(), cfg.vocab_size, 0
     is_wanted = x == M if is_wanted is None else is_wanted & (x == M)
-    length_first = cfg.length_first and cfg.rows == "docs" and is_wanted.any()
-    if length_first:
+    length_first = cfg.length_first and cfg.rows == "docs"
+    if length_first and is_wanted[:, -1].any():
         x, nfe = draw_length(model, x, is_wanted, cfg, g), 1
         on_step(nfe, x)
         is_wanted &= x == M
@@ -350,7 +352,7 @@ def sample(model, x, cfg, g, is_wanted=None, on_step=lambda nfe, x: None, step_c
         logits = model(x, is_mask).float()  # (number masked, V)
         if length_first:
             logits[:, cfg.eos] = -torch.inf
-        # 2. choose positions to unmask, those of most confidence first
+        # 2. choose positions to unmask, those of the highest score (--order) first
         score = torch.zeros(x.shape, device=x.device)
         score[is_mask] = ORDERS[cfg.order](logits.log_softmax(1), is_mask.nonzero()[:, 1])
         unmask = top_positions(score, is_mask, num_unmask, g)

@@ -85,7 +85,7 @@ class Config:
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "Once ___ a ___3 who": one token and three are wanted, then the end
     trace: bool = False  # print the trajectory of the first sample
-    num_steps: int = 32  # NFE, network evaluations; 0 = as many as the row has tokens
+    num_steps: int = 32  # network evaluations, without that of the length; 0 = a token per step
     sampler: Literal["token", "ancestral", "deterministic"] = "deterministic"  # reverse step (E7)
     order: Literal["random", "l2r", "maxprob"] = "maxprob"  # which position is denoised first
     remask: Literal["none", "conf"] = "conf"  # redraw clean tokens, improbable ones more often
@@ -142,7 +142,7 @@ def get_eval_rows(split, cfg, n):
 
 # ---- 3. model ----------------------------------------------------------------------------------
 def rotate(x, positions):
-    """Rotary positions (Su et al. 2021): turn the pairs (x_2j, x_2j+1) of x (B, H, T, D), taken as
+    """Rotary positions (Su et al. 2021): turn the pairs (x_2j, x_2j+1) of x (..., T, D), taken as
     complex numbers."""
     D = x.shape[-1]
     angle = positions[:, None] * 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)
@@ -189,9 +189,10 @@ class Block(nn.Module):
         self.norm2, self.mlp = nn.RMSNorm(cfg.n_embd), MLP(cfg)
 
     def convolve(self, x):
-        """Add to x (B, T, C) weighted neighbours, 3 on each side (Canon layer, Allen-Zhu 2025)."""
+        """x (B, T, C) and, channel by channel, a weighted sum of each token and 3 on each side (a
+        two-sided Canon layer, Allen-Zhu 2025). Conv2d is faster than Conv1d on CPUs."""
         with torch.autocast(x.device.type, enabled=False):  # float32 is faster here on CPUs
-            return x + self.conv(x.mT[:, :, None])[:, :, 0].mT  # of (B, C, 1, T)
+            return x + self.conv(x.mT[:, :, None])[:, :, 0].mT  # conv: (B, C, 1, T)
 
     def forward(self, x, positions, is_target=None):
         x = self.convolve(x)
@@ -402,12 +403,12 @@ def categorical(logits, g):
 
 
 def draw_length(model, x, cfg, g, predict):
-    """Rows x (B, T) with EOS from a drawn length on. EOS fill a row up to its end, so as long as
-    nothing wanted is known there P(EOS at i) is P(length <= i)."""
+    """Rows x (B, T) with EOS from a drawn length on. EOS fill a row: P(EOS at i) is P(length <= i)
+    (cummax: the network's may fall). No temperature, top-k or top-p. Full rows get no EOS."""
     is_given, p_eos = x != cfg.vocab_size, torch.zeros(x.shape, device=x.device)
     prec, no_z = torch.where(is_given, CLEAN, 0.0), torch.zeros(0, cfg.vocab_size, device=x.device)
     p_eos[~is_given] = predict(model, x, prec, no_z, ~is_given)[0].softmax(1)[:, cfg.eos]
-    is_end = (~is_given).flip(1).cumprod(1).flip(1) > 0  # wanted, as all behind it
+    is_end = (~is_given).flip(1).cumprod(1).flip(1) > 0  # wanted, as all to its right
     u = torch.rand(len(x), 1, generator=g).to(x.device)
     return x.masked_fill(is_end & (u < (p_eos * is_end).cummax(1).values), cfg.eos)
 
@@ -436,8 +437,8 @@ def sample(model, x, cfg, g, on_step=lambda *_: None, predict=predict, noise_lev
     """The reverse process: positions of x (B, T) with the mask id V become tokens, all else is
     given. Returns x and NFE. on_step(nfe, x) may see x, V where no token has probability 1/2."""
     x, V, nfe, device = x.clone(), cfg.vocab_size, 0, x.device
-    length_first = cfg.length_first and cfg.rows == "docs" and (x == V).any()
-    if length_first:
+    length_first = cfg.length_first and cfg.rows == "docs"
+    if length_first and (x[:, -1] == V).any():
         x, nfe = draw_length(model, x, cfg, g, predict), 1
         on_step(nfe, x)
     is_given = x != V

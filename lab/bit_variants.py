@@ -366,9 +366,8 @@ def sample_and_count(model, x, cfg, g, on_step=lambda nfe, x: None):
     out as the code of no token. --invalid makes tokens of them: project draws again among the
     tokens, modulo counts on from the first code."""
     x, V, nfe, num_invalid, device = x.clone(), cfg.vocab_size, 0, 0, x.device
-    length_first = (cfg.length_first and cfg.rows == "docs" and cfg.head == "token" and
-                    (x == V).any())
-    if length_first:
+    length_first = cfg.length_first and cfg.rows == "docs" and cfg.head == "token"
+    if length_first and (x[:, -1] == V).any():
         x, nfe = bit_diffusion.draw_length(model, x, cfg, g), 1
         on_step(nfe, x)
     is_given, codes = x != V, model.codes

@@ -433,8 +433,8 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None):
     cfg = cfg.resolve()
     x, V, nfe, device = x.clone(), cfg.vocab_size, 0, x.device
     length_first = (cfg.length_first and cfg.rows == "docs" and cfg.prediction_type == "logits" and
-                    cfg.given == "clean" and (x == V).any())
-    if length_first:
+                    cfg.given == "clean")
+    if length_first and (x[:, -1] == V).any():
         x, nfe = dit_embed.draw_length(model, x, cfg, g), 1
         on_step(nfe, x)
     is_given = x != V
