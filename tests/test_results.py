@@ -144,6 +144,12 @@ def speed(made):
             shown = [made[f"sample_{name}_{n}_{how}"]["times_ar_cached"]
                      for how in ("ancestral", "default") for n in (1, 16)]
             yield f"| `{name}.py` | " + " | ".join(f"{v:.1f}" for v in shown) + " |"
+    for name, label, sign in (("ar", "`ar.py`", "="), ("reference", "nanoGPT's step", "="),
+                              ("mdlm", "`mdlm.py`", "<="), (
+            "mdlm_adamw", "`mdlm.py`, AdamW, no convolutions", "<=")):
+        after = [made[f"quality_{name}_{seconds}"] for seconds in (120, 300)]
+        yield f"| {label} | {after[0]['rate']:g} | " + " | ".join(
+            f"{sign} {row['nats_per_doc']:.1f} ({row['steps']})" for row in after) + " |"
 
 
 def scaling(made):
