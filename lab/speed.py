@@ -8,7 +8,7 @@ Parts: memory (peak of training), start (--help and the first step), train (agai
 `Reference`, on one thread and on two, in float32 and, where the hardware multiplies it, bfloat16;
 eager and compiled), sample (few steps and one token a step, against ar.py with its cache) and, only
 if it is named, quality (nats per story after 2 and 5 minutes of CPU time, one thread: ar.py and
-mdlm.py against AdamW at the best of three rates, on nanoGPT's network and on that of mdlm.py
+mdlm.py against AdamW at the best of four rates, on nanoGPT's network and on that of mdlm.py
 without convolutions). Whatever is compared takes turns, call by call, and medians are kept: a noisy
 machine slows all alike.
 """
@@ -319,7 +319,7 @@ def reference_nll(model, x, cfg, mean=True):
     return loss if mean else loss * scored.sum()
 
 
-def quality(times=(120, 300), rates=(1e-3, 2e-3, 4e-3), names=None):
+def quality(times=(120, 300), rates=(1e-3, 2e-3, 4e-3, 8e-3), names=None):
     """Nats per story of 128 validation stories after so many seconds, at each rate that was tried;
     after the second time only at the best of the first. `names`: only these rivals."""
     out, before = {}, torch.get_num_threads()
