@@ -51,7 +51,7 @@ class Config:
     seed: int = 1337  # of weights, batches and noise
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 is autocast
-    compile: Literal["auto", "yes", "no"] = "auto"  # auto: if 5000 steps or more repay it
+    compile: Literal["no", "yes", "auto"] = "no"  # torch.compile; auto: from 5000 steps on
     # model
     seq_len: int = 160  # tokens per row
     n_layer: int = 4

@@ -103,8 +103,8 @@ def pick_dtype(name, device):
 
 
 def compile_blocks(blocks, cfg, device):
-    """torch.compile for --compile yes; for auto if there is a C++ compiler and the run repays the
-    minute that it takes. Blocks only: the head's input has another length at every step."""
+    """torch.compile for --compile yes; for auto if there is a C++ compiler and the run is long. It
+    takes a minute. Blocks only: the head's input has another length at every step."""
     able = device.type != "mps" and any(map(shutil.which, ("g++", "clang++", "cl")))
     if cfg.compile == "yes" or cfg.compile == "auto" and able and cfg.steps >= 5000:
         torch._dynamo.config.suppress_errors = cfg.compile == "auto"  # what fails runs as it is
