@@ -30,6 +30,7 @@ from data.prepare import Tokenizer, refuse_unknown
 from data.tales import grade
 from data.units import report, tokens_of
 
+ROOT = Path(__file__).resolve().parent
 CHECKPOINT_KEYS = ("preset", "vocab_size", "seq_len", "rows", "n_layer", "n_head", "n_embd")
 
 
@@ -46,7 +47,8 @@ def parse(Config, presets, argv):
     default = Config(**presets.get(flags.get("--preset", Config.preset), {}))
     if stored:
         default = load_config(Config, flags.get("--out", Config.out),
-                              reads_data=command != "sample" and "--data" not in flags)
+                              reads_data=command != "sample" and "--data" not in flags,
+                              resume=command == "train")
     heard = io.StringIO()
     try:
         with contextlib.redirect_stderr(heard):
@@ -289,10 +291,20 @@ def usable(path):
                         f"another --out ({textwrap.shorten(str(error), 160)})") from None
 
 
-def load_config(Config, out, reads_data=False):
+def checkpoint_of(out):
+    """The weights in the run folder `out`. Those that the repository ships are called weights/NAME,
+    and out/NAME as long as there is no such folder."""
+    out, shipped = Path(out), ROOT / "weights" / f"{Path(out).name}.safetensors"
+    untrained = out.parent == Path("out") and not out.exists() and shipped.exists()
+    asked = out.parent.resolve() == shipped.parent
+    return shipped if untrained or asked else out / "model.safetensors"
+
+
+def load_config(Config, out, reads_data=False, resume=False):
     """The Config of the checkpoint in the folder `out`. A stranger's must not choose what is read:
     with reads_data its data have to be known here."""
-    with usable(Path(out) / "model.safetensors") as path, safe_open(path, "pt") as file:
+    path = Path(out) / "model.safetensors" if resume else checkpoint_of(out)
+    with usable(path), safe_open(path, "pt") as file:
         cfg = Config(**{**json.loads(file.metadata()["config"]), "out": str(out)})
     if reads_data:
         refuse_unknown(cfg.data, cfg.tokenizer)
@@ -301,7 +313,10 @@ def load_config(Config, out, reads_data=False):
 
 def load_model(Model, cfg, device, data=None):
     """The checkpoint in cfg.out: (model, tokenizer). The tokenizer of `data` must be the same."""
-    with usable(Path(cfg.out) / "model.safetensors") as path, safe_open(path, "pt") as file:
+    with usable(checkpoint_of(cfg.out)) as path, safe_open(path, "pt") as file:
+        if path.name != "model.safetensors" and Path(cfg.out).parent == Path("out"):
+            print(f"no run in {cfg.out}: using weights/{path.name}, trained for "
+                  f"{file.metadata()['step']} steps")
         stored = Tokenizer(json.loads(file.metadata()["tokenizer"]))
         if data and data.tokenizer.fingerprint != stored.fingerprint:
             raise ValueError(f"another tokenizer than the {data.tokenizer.name} of these data")
@@ -399,8 +414,9 @@ def show_samples(run, sample, model, tokenizer, cfg, step=None):
             ", ".join(f"{k} {v:.3g}" for k, v in about.items()))
     if step is not None:
         run.log("samples", step, **about)
-    replace(run.out / "samples.txt",
-            lambda file: file.write(("\n<|endoftext|>\n".join(texts) + "\n").encode()))
+    if run.out.exists():  # not with weights/
+        replace(run.out / "samples.txt",
+                lambda file: file.write(("\n<|endoftext|>\n".join(texts) + "\n").encode()))
 
 
 def plot_loss(out):

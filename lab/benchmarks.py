@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python lab/b
 import common
 import diffugpt_varlen as script
 from common import UserError
+from lab.methods import results_folder
 from lab.pretrained import Config
 
 KEYS = dict(cloze=("prefix", "target"), choice=("prefix", "choices", "gold"),
@@ -138,6 +139,7 @@ def main(argv):
                         "choice:FILE or infill:FILE, and 0 for all items")
     cfg = common.load_config(Config, opt.out)
     run = common.Run(cfg)
+    run.out = results_folder(run)
     if kind == "infill" and cfg.pipeline == "arm":
         raise UserError(f"{opt.out} is causal and cannot infill: use cloze or choice")
     items = read_items(kind, path, opt.num_items)

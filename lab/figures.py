@@ -15,6 +15,7 @@ import common
 import mdlm
 from lab.decoding import Config, decode
 from lab.mdlm_variants import Model
+from lab.methods import results_folder
 
 
 def save(figure, path, *panels):
@@ -108,6 +109,7 @@ def main(argv):
     opt = tyro.cli(Options, args=argv, description=__doc__)
     cfg = common.load_config(Config, opt.out)
     run, frames = common.Run(cfg), []
+    run.out = results_folder(run)
     model, tokenizer = common.load_model(Model, cfg, run.device)
     with run.amp:
         decode(model, common.encode_canvas(tokenizer, cfg, 1).to(run.device), cfg,

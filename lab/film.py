@@ -74,7 +74,7 @@ class Options:
 def main(argv):
     opt = tyro.cli(Options, args=argv, description=__doc__)
     runs = {name: Path(opt.out) / name for name in IDEAS}
-    runs = {name: out for name, out in runs.items() if (out / "model.safetensors").exists()}
+    runs = {name: out for name, out in runs.items() if common.checkpoint_of(out).exists()}
     if not runs:
         raise common.UserError(f"no run of {', '.join(IDEAS)} in {opt.out}: train one, or choose "
                                "another --out")

@@ -24,6 +24,7 @@ from data.units import report, se
 from lab import figures
 from lab.decoding import Config, decode
 from lab.mdlm_variants import Model, get_schedule, mask_independently
+from lab.methods import results_folder
 from lab.metrics import load_judge, measure
 
 
@@ -161,6 +162,7 @@ def main(argv):
         if getattr(opt, name) is not None:
             setattr(cfg, name, getattr(opt, name))
     run, data = common.Run(cfg), load_data(cfg)
+    run.out = results_folder(run)
     model, tokenizer = common.load_model(Model, cfg, run.device, data)
     with run.amp:
         evaluate_all(run, model, tokenizer, data, cfg, opt)

@@ -60,6 +60,16 @@ def load(name, out):
     return script, model.requires_grad_(False), cfg, data
 
 
+def results_folder(run):
+    """Where to write what is measured of a run: its folder, or, for the shipped weights/NAME, the
+    folder out/NAME_weights, which is made."""
+    if run.out.exists():
+        return run.out
+    folder = Path("out") / f"{run.out.name}_weights"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def device_of(model):
     return next(model.parameters()).device
 
@@ -119,7 +129,7 @@ class Options:
 @torch.no_grad()
 def main(argv):
     opt = tyro.cli(Options, args=argv, description=__doc__)
-    names = [name for name in IDEAS if (Path(opt.out) / name / "model.safetensors").exists()]
+    names = [name for name in IDEAS if common.checkpoint_of(Path(opt.out) / name).exists()]
     if not names:
         raise common.UserError(f"no run of {', '.join(IDEAS)} in {opt.out}: train one, or choose "
                                "another --out")

@@ -36,7 +36,7 @@ def text_metrics(rows):
 def load_judge(out, device, data=None):
     """The run of ar.py in the folder `out` as (model, Config, tokenizer), or None if there is none.
     Its tokenizer must be that of `data`."""
-    if not (Path(out) / "model.safetensors").exists():
+    if not common.checkpoint_of(out).exists():
         return None
     cfg = common.load_config(ar.Config, out)
     model, stored = common.load_model(ar.Model, cfg, device, data)

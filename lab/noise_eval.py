@@ -25,6 +25,7 @@ from data.prepare import load_data
 from data.units import report, se
 from lab import bit_variants, dit_variants, figures, sdd_variants
 from lab.mdlm_eval import infill_masks
+from lab.methods import results_folder
 from lab.metrics import load_judge, measure
 
 SCRIPTS = dict(dit_embed=(dit_embed, dit_variants, ("token", "ancestral", "ddim")),
@@ -150,6 +151,7 @@ def main(argv):
     if opt.temperature is not None:
         cfg.temperature = opt.temperature
     run, data = common.Run(cfg), load_data(cfg)
+    run.out = results_folder(run)
     model, tokenizer = common.load_model(lab.Model, cfg, run.device, data)
     with run.amp:
         evaluate_all(run, model, tokenizer, data, cfg, opt)

@@ -27,6 +27,7 @@ import diffugpt_varlen as script
 from data.prepare import load_data
 from data.units import report, se, tokens_of
 from lab import figures
+from lab.methods import results_folder
 from lab.metrics import load_judge, measure
 from lab.varlen_variants import Config, Model, length_dist, sample
 
@@ -232,6 +233,7 @@ def main(argv):
         if getattr(opt, name) is not None:
             setattr(cfg, name, getattr(opt, name))
     run, data = common.Run(cfg), load_data(cfg)
+    run.out = results_folder(run)
     model, tokenizer = common.load_model(Model, cfg, run.device, data)
     with run.amp:
         evaluate_all(run, model, tokenizer, data, cfg, opt)

@@ -1,0 +1,143 @@
+"""What the notebooks share: pictures, colours, the line of the entropy, stored results, films.
+
+A notebook begins by looking for the repository and then imports this file; `setup()` is its first
+call. Nothing here belongs to a method.
+"""
+import html
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a CPU is enough, and the outputs are alike everywhere
+import matplotlib.pyplot as plt
+import numpy as np
+import PIL.Image
+import torch
+from IPython import get_ipython
+from IPython.display import HTML
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import common
+from data.units import tokens_of
+from lab import methods
+
+COLORS = dict(zip(methods.IDEAS, ("tab:gray", "tab:blue", "tab:orange", "tab:red", "tab:purple",
+                                  "tab:brown")))  # of the six methods, in every notebook
+ENTROPY = "tab:green"  # the colour of the entropy and of real text, in every figure
+
+
+def setup(seed=0):
+    """Seed, threads, no gradients until a training wants them, the style of the figures. A figure
+    is stored in few colours, a quarter of the bytes."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    torch.set_grad_enabled(False)
+    plt.rcParams.update({"figure.dpi": 80, "font.size": 9, "figure.constrained_layout.use": True,
+                         "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True,
+                         "legend.frameon": False})
+    if shell := get_ipython():
+        plt.close(plt.figure())  # starts the inline backend, which sets a formatter of its own
+        shell.display_formatter.formatters["image/png"].for_type(plt.Figure, small_png)
+
+
+def small_png(figure, colors=64):
+    """A figure as PNG of at most so many colours."""
+    figure.canvas.draw()
+    image = PIL.Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    image.quantize(colors, dither=0).save(png := io.BytesIO(), "PNG")
+    return png.getvalue()
+
+
+def entropy_line(axes, value, label="entropy", **kw):
+    """A dashed horizontal line at the entropy, or at the value of real text."""
+    return axes.axhline(value, ls="--", color=ENTROPY, label=label, **kw)
+
+
+def rng(seed):
+    """A random number generator of its own."""
+    return torch.Generator().manual_seed(seed)
+
+
+# ---- stored results ------------------------------------------------------------------------------
+def stored(name):
+    """A file of results/: the rows of a .jsonl as a list, or what is in a .json."""
+    text = (ROOT / "results" / name).read_text("utf-8")
+    return [*map(json.loads, text.splitlines())] if name.endswith(".jsonl") else json.loads(text)
+
+
+def of_kind(rows, kind):
+    """The rows of a log of one kind: config, train, val, samples."""
+    return [row for row in rows if row["kind"] == kind]
+
+
+def group_by(rows, *keys):
+    """Rows by the values of these keys: {values: [rows]}."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
+
+
+def shipped(name):
+    """(script, model, Config, tokenizer) of weights/NAME.safetensors."""
+    script = methods.script_of(name)
+    cfg = common.load_config(script.Config, ROOT / "weights" / name)
+    model, tokenizer = common.load_model(script.Model, cfg, torch.device("cpu"))
+    return script, model.requires_grad_(False), cfg, tokenizer
+
+
+# ---- text and films ------------------------------------------------------------------------------
+def show(label, ids, tokenizer, lines=3, width=92):
+    """Print ids as text, a block for each masked token, cut after so many lines."""
+    text = tokenizer.decode_masked([int(i) for i in ids])
+    text = text if len(text) <= (width - 6) * lines else text[:(width - 6) * lines] + " ..."
+    words, rows = text.split(" "), [""]
+    for word in words:
+        if len(rows[-1]) + len(word) >= width:
+            rows.append("")
+        rows[-1] += f" {word}" if rows[-1] else word
+    print(f"{label:>6}  " + "\n        ".join(rows))
+
+
+def trajectory(script, model, cfg, seed=0, canvas=None):
+    """One sample as it takes shape: frames (NFE, ids), the first of them all masks."""
+    start = [cfg.vocab_size] * cfg.seq_len if canvas is None else canvas[0].tolist()
+    frames = [(0, start)]
+    with methods.amp(model, cfg):
+        methods.sample(script, model, cfg, 1, rng(seed), canvas, frames)
+    return frames
+
+
+FILM = """<div style="font-family: sans-serif; max-width: 60em">
+<b>{title}</b><br><input type="range" min="0" max="{last}" value="{last}" style="width: 22em"
+oninput="const f = {frames}[this.value]; const d = this.parentNode; d.querySelector('i').textContent
+= f[0]; d.querySelector('pre').innerHTML = f[1]"> NFE <i>{nfe}</i>
+<pre style="white-space: pre-wrap; font-family: monospace; line-height: 1.5; min-height: 9em"
+>{text}</pre></div>"""
+
+
+def film(frames, cfg, tokenizer, title):
+    """A film that needs no other file: a slider over the frames (NFE, ids). Tokens that changed
+    since the frame before are marked; text behind the first EOS is left out."""
+    shots, before = [], None
+    for nfe, ids in frames:
+        parts = []
+        for i, token in enumerate(ids):
+            if token == cfg.eos and cfg.rows == "docs":
+                break
+            text = html.escape(tokenizer.decode([token])) if token < cfg.vocab_size else "░░"
+            new = before is not None and token != before[i]
+            parts.append(f"<mark>{text}</mark>" if new and text.strip() else text)
+        shots.append([nfe, "".join(parts)])
+        before = ids
+    code = html.escape(json.dumps(shots, ensure_ascii=False), quote=True)
+    return HTML(FILM.format(title=html.escape(title), last=len(shots) - 1, frames=code,
+                            nfe=shots[-1][0], text=shots[-1][1]))
+
+
+def texts_of(x, cfg, tokenizer):
+    """Rows of ids (n, T) as n texts."""
+    return [tokenizer.decode(ids) for ids in tokens_of(x, cfg)]
