@@ -20,6 +20,7 @@ import diffugpt_varlen as script
 from data.prepare import load_data
 from data.units import se
 from lab import varlen_variants as lab
+from lab.methods import ENTROPY
 from lab.varlen_eval import length_report, nelbo_parts
 
 PARENT, STEPS, EVERY, SEEDS = 300, 300, 50, (1337, 1, 2)
@@ -81,7 +82,7 @@ def figure_of(made, names, title):
             axes.plot(steps, [curve[s] for s in steps], lw=0.6, alpha=0.6, color=f"C{color}")
         axes.plot(steps, [sum(c[s] for c in curves) / len(curves) for s in steps], marker="o", ms=3,
                   color=f"C{color}", label=name)
-    axes.axhline(made["entropy"], ls="--", color="gray", label="entropy")
+    axes.axhline(made["entropy"], label="entropy", **ENTROPY)
     axes.set(xlabel="step of the adaptation", ylabel="bound, nats per story", title=title,
              yscale="log")
     axes.set_yticks((100, 150, 200, 300, 400, 600), ("100", "150", "200", "300", "400", "600"))

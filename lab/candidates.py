@@ -23,6 +23,7 @@ import sdd
 from data.prepare import load_data
 from data.units import se
 from lab import sdd_variants
+from lab.methods import ENTROPY
 
 BUDGET = dict(steps=400, eval_every=400, seed=1337, device="cpu")
 CASES = {  # name: (script, what is changed); the first is the default
@@ -94,7 +95,7 @@ def draw(made):
          "only that of the k candidates")
     for axes in (left, right):
         axes.axhline(rows["mdlm.py"]["nats_per_story"], color="tab:gray", ls=":", label="mdlm.py")
-        axes.axhline(made["entropy"], color="tab:green", ls="--", label="entropy")
+        axes.axhline(made["entropy"], label="entropy", **ENTROPY)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
         axes.set_xscale("log")

@@ -4,6 +4,7 @@
     python lab/compare_page.py --folder out/compare/quick
 """
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `python lab/compare_page.py`
 import common
 from lab.figures import save
-from lab.methods import IDEAS, code_of
+from lab.methods import COLORS, ENTROPY, IDEAS, code_of
 
 METRICS = ("nfe", "gen_nll", "novelty", "length", "valid_stories", "valid_sentences", "consistent",
            "true_nll", "entropy", "distinct_2")
 SIGN = dict(exact="=", upper="<=")
-BOUND = dict(exact="exact", upper="upper bound")
 PARTS = dict(ancestral="T=1, ancestral", default="default sampler")
 
 
@@ -82,22 +82,21 @@ def tables(results, root=""):
     for name, rows in groups.items():
         row, is_method = means(rows), name in IDEAS
         test, sign, page = row["test"], SIGN[row["bound"]], notebooks.get(name)
-        default = row.get("default", {})
-        best = default or row.get("ancestral", {})
+        best = row.get("default") or row.get("ancestral", {})
         label = f"`{name}.py`" if is_method else f"*{name}*"
         long = f"[{label}]({root}{name}.py)" if is_method else "*the corpus itself*" \
             if name == "real" else label
         size = str(len((ROOT / f"{name}.py").read_text("utf-8").splitlines())) if is_method else ""
+        perplexity = f"{sign} {math.exp(test['nats_per_token']):.2f}"
         table.append([
-            long + stale(rows), size, IDEAS[name] if is_method else f"*{rows[0]['idea']}*",
-            BOUND[row["bound"]], f"{sign} {test['nats_per_token']:.3f}",
-            cell(best.get("valid_stories")), cell(best.get("valid_sentences")),
-            cell(default.get("nfe"), 0),
+            long + stale(rows), size, f"{sign} {test['nats_per_token']:.3f}", perplexity,
+            *(cell(best.get(k)) for k in ("valid_stories", "valid_sentences", "consistent")),
+            cell(best.get("length"), 0), cell(best.get("entropy")), cell(best.get("nfe"), 0),
             f"[{page[:2]}]({root}notebooks/{page}.ipynb)" if page else ""])
         spread = f" ({row['range'][0]:.1f} to {row['range'][1]:.1f})" if row["seeds"] > 1 else ""
         details.append([
             label, str(row["seeds"]) if is_method else "",
-            f"{sign} {test['nats_per_doc']:.1f} ± {test['se']:.1f}{spread}",
+            f"{sign} {test['nats_per_doc']:.1f} ± {test['se']:.1f}{spread}", perplexity,
             "" if name == "real" else f"{sign} {test['gap']:.1f} ± {test['gap_se']:.1f} "
             f"({test['gap'] / test['entropy_per_doc']:+.0%})",
             cell(row.get("infill_accuracy")), f"{row['parameters'] / 1e6:.2f}" if is_method else "",
@@ -111,18 +110,21 @@ def tables(results, root=""):
                 samples.append([
                     label, how, cell(one.get("nfe"), 0), *(cell(one[k]) for k in (
                         "valid_stories", "valid_sentences", "consistent")),
-                    cell(one["true_nll"], 1), *(cell(one.get(k)) for k in (
-                        "entropy", "distinct_2", "gen_nll", "novelty")), cell(one["length"], 0)])
+                    cell(one["length"], 0), *(cell(one.get(k)) for k in (
+                        "entropy", "distinct_2", "gen_nll", "novelty")),
+                    cell(one["true_nll"], 1)])
     return dict(
-        table=markdown("script | lines | idea | likelihood | nats/token on tales | "
-                       "valid-story rate | valid-sentence rate | NFE | notebook", table),
-        details=markdown("method | seeds | nats per story | gap to entropy | single-token "
+        table=markdown("script | lines | nats/token | perplexity | valid-story rate | "
+                       "valid-sentence rate | consistency rate | tokens | entropy of tokens | NFE | "
+                       "notebook", table),
+        details=markdown("method | seeds | nats per story | perplexity | gap to entropy | "
+                         "single-token "
                          "infilling accuracy | parameters, M | latency at batch 1, ms per story | "
                          f"at batch {speeds['n']} | default sampler: batch 1 | "
                          f"batch {speeds['n']}", details),
         samples=markdown("method | sampler | NFE | valid-story rate | valid-sentence rate | "
-                         "consistency rate | true NLL of valid samples | entropy | distinct-2 | "
-                         "generative NLL | novelty | tokens", samples))
+                         "consistency rate | tokens | entropy of tokens | distinct-2 | "
+                         "generative NLL | novelty | true NLL of valid samples", samples))
 
 
 def insert(page, parts):
@@ -160,9 +162,6 @@ def page(results):
 
 # ---- figures -------------------------------------------------------------------------------------
 
-COLORS = {name: f"C{i}" for i, name in enumerate(IDEAS)}
-
-
 def new_figure(columns, height=3.6):
     """A figure and its panels side by side."""
     figure = Figure(figsize=(9, height), layout="constrained")
@@ -182,10 +181,9 @@ def plot_bound(runs, base):
         axes.plot(x, y.mean(0), marker="o", ms=3, color=COLORS[name],
                   label=f"{name}.py ({'exact' if name == 'ar' else 'bound'})")
         axes.fill_between(x, y.min(0), y.max(0), color=COLORS[name], alpha=0.2, lw=0)
-    for name, style in (("unigram", ":"), ("3-gram", "-."), ("real", "--")):
-        axes.axhline(base[name]["test"]["nats_per_doc"], ls=style,
-                     color="black" if name == "real" else "gray",
-                     label="true entropy" if name == "real" else name)
+    for name, style in (("unigram", ":"), ("3-gram", "-.")):
+        axes.axhline(base[name]["test"]["nats_per_doc"], ls=style, color="gray", label=name)
+    axes.axhline(base["real"]["test"]["nats_per_doc"], label="entropy", **ENTROPY)
     axes.set(xlabel="tokens seen in training", ylabel="nats per story", yscale="log",
              title="Likelihood against tokens: mean and range of the seeds")
     low, high = axes.get_ylim()
@@ -205,8 +203,7 @@ def plot_quality(runs, base):
         for name, (row, *_) in runs.items():
             points = sorted((p["nfe"], p[metric]) for p in [*row["frontier"], row["default"]])
             axes.plot(*zip(*points), marker="o", ms=4, color=COLORS[name], label=f"{name}.py")
-        axes.axhline(base["real"]["ancestral"][metric], ls="--", color="black",
-                     label="test stories")
+        axes.axhline(base["real"]["ancestral"][metric], label="test stories", **ENTROPY)
         axes.set(xlabel="NFE", title=title, xscale="log")
         axes.set_xticks((4, 8, 16, 32, 64, 128), (4, 8, 16, 32, 64, 128))
         axes.minorticks_off()
@@ -233,8 +230,7 @@ def plot_samples(runs, base):
             "valid-story rate", "consistency rate", "true NLL of valid samples, nats")):
         bars(axes, {part: {name: row[part][metric] or 0 for name, row in kept.items()}
                     for part in PARTS}, title)
-        axes.axhline(base["real"]["ancestral"][metric], ls="--", color="black",
-                     label="test stories")
+        axes.axhline(base["real"]["ancestral"][metric], label="test stories", **ENTROPY)
     panels[0].legend(fontsize=7)
     return figure
 

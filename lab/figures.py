@@ -15,7 +15,7 @@ import common
 import mdlm
 from lab.decoding import Config, decode
 from lab.mdlm_variants import Model
-from lab.methods import results_folder
+from lab.methods import ENTROPY, results_folder
 
 
 def save(figure, path, *panels):
@@ -69,7 +69,7 @@ def plot_quality(out, rows, real, key="order", cost="nfe", label="NFE, network e
             line, = axes.plot(x, [sum(v) / len(v) for v in y], marker="o", ms=4, label=value)
             axes.fill_between(x, [*map(min, y)], [*map(max, y)], alpha=0.2, lw=0,
                               color=line.get_color())
-        axes.axhline(real[name], ls="--", color="gray", label="real text")
+        axes.axhline(real[name], label="real text", **ENTROPY)
         axes.set(ylabel=title, xscale="log")
         axes.set_xticks(ticks, [f"{n:.0f}" for n in ticks])
         axes.minorticks_off()

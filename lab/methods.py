@@ -30,6 +30,11 @@ IDEAS = {  # in the order of the tables
 }
 
 
+COLORS = dict(zip(IDEAS, ("tab:gray", "tab:blue", "tab:orange", "tab:red", "tab:purple",
+                          "tab:brown")))
+ENTROPY = dict(ls="--", color="tab:green")  # of the line that shows entropy or real text
+
+
 # ---- one way to call all six ---------------------------------------------------------------------
 
 def script_of(name):

@@ -17,6 +17,7 @@ import ar
 import common
 import mdlm
 from data.prepare import load_data
+from lab.methods import ENTROPY
 
 WIDTHS, STEPS = (64, 128, 256), (200, 800)
 TARGET = ROOT / "results/scaling.json"
@@ -52,7 +53,7 @@ def draw(rows):
             axes.errorbar([r["n_embd"] for r in line], [r["nats_per_story"] for r in line],
                           [2 * r["se"] for r in line], ls=style, color=color, marker="o", ms=4,
                           capsize=2, label=f"{name}.py, {steps} steps")
-    axes.axhline(rows[0]["entropy_per_doc"], ls=":", color="black", label="entropy")
+    axes.axhline(rows[0]["entropy_per_doc"], label="entropy", **ENTROPY)
     axes.set(xlabel="width", ylabel="nats per story, 2 SE", xscale="log", yscale="log",
              title="Width and steps: exact for ar.py, a bound for mdlm.py")
     axes.set_xticks(WIDTHS, list(map(str, WIDTHS)))

@@ -24,9 +24,8 @@ import common
 from data.units import tokens_of
 from lab import methods
 
-COLORS = dict(zip(methods.IDEAS, ("tab:gray", "tab:blue", "tab:orange", "tab:red", "tab:purple",
-                                  "tab:brown")))  # of the six methods, in every notebook
-ENTROPY = "tab:green"  # the colour of the entropy and of real text, in every figure
+COLORS = methods.COLORS  # of the six methods, in every figure
+ENTROPY = methods.ENTROPY["color"]  # of the entropy and of real text
 
 
 def setup(seed=0):
@@ -53,7 +52,7 @@ def small_png(figure, colors=64):
 
 def entropy_line(axes, value, label="entropy", **kw):
     """A dashed horizontal line at the entropy, or at the value of real text."""
-    return axes.axhline(value, ls="--", color=ENTROPY, label=label, **kw)
+    return axes.axhline(value, label=label, **methods.ENTROPY, **kw)
 
 
 def rng(seed):
