@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data.files import UserError, read_log, replace, run_main, show_help  # noqa: F401
 from data.prepare import Tokenizer, refuse_unknown
 from data.tales import grade
-from data.units import report, tokens_of
+from data.units import entropy_of, report, tokens_of
 
 ROOT = Path(__file__).resolve().parent
 CHECKPOINT_KEYS = ("preset", "vocab_size", "seq_len", "rows", "n_layer", "n_head", "n_embd")
@@ -406,8 +406,10 @@ def show_samples(run, sample, model, tokenizer, cfg, step=None):
         text = tokenizer.decode_masked(frames[k][1])  # a masked token is a block
         run.say(textwrap.fill(text[:280], 100, initial_indent=f"{frames[k][0]:5}  ",
                               subsequent_indent=" " * 7))
-    texts = [tokenizer.decode(ids) for ids in tokens_of(x, cfg)]
-    about = dict(num_samples=len(texts), nfe=nfe, seconds=time.time() - start)
+    rows = tokens_of(x, cfg)
+    texts = [tokenizer.decode(ids) for ids in rows]
+    about = dict(num_samples=len(rows), nfe=nfe, seconds=time.time() - start,
+                 length=sum(map(len, rows)) / len(rows), entropy=entropy_of(rows))
     if cfg.data == "tales":
         about |= {k: v for k, v in grade(texts).items() if k not in ("prefix", "true_nll")}
     run.say("\n\n".join(["", *texts[:None if step is None else 2], ""]) +

@@ -1,11 +1,20 @@
 """From the nats of rows to the units that are reported: per token, per document, bits per byte."""
+import itertools
 import math
+from collections import Counter
 
 
 def tokens_of(x, cfg):
     """Rows (B, T) -> lists of ids; a document ends before its first EOS."""
     rows = x.tolist()
     return [r[:r.index(cfg.eos)] if cfg.rows == "docs" and cfg.eos in r else r for r in rows]
+
+
+def entropy_of(rows):
+    """Entropy in nats of the tokens of all rows (lists of ids) together: how varied they are."""
+    counts = Counter(itertools.chain(*rows))
+    total = max(1, counts.total())
+    return -sum(n / total * math.log(n / total) for n in counts.values())
 
 
 def se(values):

@@ -141,8 +141,7 @@ def share_new(rows, seen):
 def grade_samples(x, cfg, data, judge, seen):
     """The metrics of the samples x (n, T); `novelty` is the share that is no training document."""
     rows = tokens_of(x, cfg)
-    return dict(length=sum(map(len, rows)) / len(rows), novelty=share_new(rows, seen),
-                **measure_samples(x, cfg, data.tokenizer, judge))
+    return dict(novelty=share_new(rows, seen), **measure_samples(x, cfg, data.tokenizer, judge))
 
 
 def stories_of(x, cfg, data):

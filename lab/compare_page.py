@@ -73,7 +73,7 @@ def markdown(head, lines):
 
 
 def tables(results, root=""):
-    """The rows of a results file -> {name: Markdown}: `table`, `details`, `samples`. `root` leads
+    """The rows of a results file -> {name: Markdown}: `methods`, `details`, `samples`. `root` leads
     from the page to the repository."""
     groups, speeds = by_name(results), results[-1]
     table, details, samples = [], [], []
@@ -114,7 +114,7 @@ def tables(results, root=""):
                         "entropy", "distinct_2", "gen_nll", "novelty")),
                     cell(one["true_nll"], 1)])
     return dict(
-        table=markdown("script | lines | nats/token | perplexity | valid-story rate | "
+        methods=markdown("script | lines | nats/token | perplexity | valid-story rate | "
                        "valid-sentence rate | consistency rate | tokens | entropy of tokens | NFE | "
                        "notebook", table),
         details=markdown("method | seeds | nats per story | perplexity | gap to entropy | "
@@ -128,9 +128,9 @@ def tables(results, root=""):
 
 
 def insert(page, parts):
-    """Put texts between the markers `<!-- compare: name -->` and `<!-- end -->` of a page."""
+    """Put texts between the markers `<!-- table: name -->` and `<!-- end -->` of a page."""
     for name, text in parts.items():
-        begin = f"<!-- compare: {name} -->\n"
+        begin = f"<!-- table: {name} -->\n"
         if begin in page:
             head, _, rest = page.partition(begin)
             page = f"{head}{begin}{text}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"

@@ -3,7 +3,6 @@ ar.py, diversity.
 
     python lab/metrics.py --samples out/mdlm/samples.txt --judge out/ar
 """
-import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -16,19 +15,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python lab/m
 import ar
 import common
 from data.tales import grade
-from data.units import tokens_of
+from data.units import entropy_of, tokens_of
 
 
 def text_metrics(rows):
-    """Lists of token ids -> distinct-n (the share of n-grams that differ), entropy of the pooled
-    unigrams in nats, repetition (the share of tokens that equal the one before)."""
-    out = {}
+    """Lists of token ids -> their mean length, entropy of the pooled unigrams in nats, distinct-n
+    (the share of n-grams that differ), repetition (the share of tokens that equal the one before).
+    """
+    out = dict(length=sum(map(len, rows)) / max(1, len(rows)), entropy=entropy_of(rows))
     for n in (1, 2, 3):
         grams = Counter(tuple(row[i:i + n]) for row in rows for i in range(len(row) - n + 1))
-        total = max(1, grams.total())
-        out[f"distinct_{n}"] = len(grams) / total
-        if n == 1:
-            out["entropy"] = -sum(c / total * math.log(c / total) for c in grams.values())
+        out[f"distinct_{n}"] = len(grams) / max(1, grams.total())
     pairs = [a == b for row in rows for a, b in zip(row, row[1:])]
     return out | dict(repetition=sum(pairs) / max(1, len(pairs)))
 
