@@ -4,7 +4,6 @@
     python lab/compare.py --jobs 2              three seeds, 18 runs, hours; README: --seeds 1337
     python lab/compare.py --budget full         preset small, 10000 steps: for a GPU
     python lab/compare.py table                 tables, pages and figures anew from the results
-    python lab/compare.py film                  the six methods write a story each, side by side
 
 Every method gets the same tokens of the same data, in its default configuration, and is measured on
 the same test documents with the same positions scored. Nothing here is a model: each run is the
@@ -32,7 +31,7 @@ sys.path.insert(0, str(ROOT))  # `python lab/compare.py`
 import common
 from common import UserError
 from data.units import report, se, tokens_of
-from lab import (bit_variants, compare_page, decoding, dit_variants, film, mdlm_eval, mdlm_variants,
+from lab import (bit_variants, compare_page, decoding, dit_variants, mdlm_eval, mdlm_variants,
                  sdd_variants)
 from lab.ar_extra import infill_left
 from lab.methods import (IDEAS, amp, ancestral, code_of, default_sampler, device_of, load,
@@ -321,24 +320,10 @@ def publish(budget, command):
     compare_page.publish(folder_of(budget))
 
 
-def make_film(budget):
-    """Write film.html, with a story by the first seed of each method."""
-    plan = BUDGETS[budget]
-    seed = plan["seeds"][0]
-    runs = {name: settings(name, budget, seed) for name in IDEAS}
-    for name, run in runs.items():
-        if is_made(name, run) is not True:
-            raise UserError(f"no run of {name}.py to film: `python lab/compare.py --budget "
-                            f"{budget}` first")
-    film.make_film({name: run["out"] for name, run in runs.items()}, "The first sample of each "
-                   f"after {plan['run']['steps']} steps, seed {seed}.",
-                   folder_of(budget) / "film.html")
-
-
 def main(argv):
     parser = Parser(prog="compare.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="run", choices=("run", "table", "film"))
+    parser.add_argument("what", nargs="?", default="run", choices=("run", "table"))
     parser.add_argument("--budget", default="standard", choices=BUDGETS)
     parser.add_argument("--only", default=",".join(IDEAS), help="scripts to run (comma)")
     parser.add_argument("--seeds", default="", help="seeds to run (comma); the budget's own")
@@ -358,8 +343,6 @@ def main(argv):
         raise UserError(f"--seeds is '{args.seeds}', this budget has "
                         f"{', '.join(map(str, plan['seeds']))}")
     folder_of(args.budget).mkdir(parents=True, exist_ok=True)
-    if args.what == "film":
-        return make_film(args.budget)
     if args.what == "table":
         if not (folder_of(args.budget) / "compare.jsonl").exists():
             raise UserError("no results: make them by `python lab/compare.py --budget "

@@ -32,7 +32,7 @@ USAGE = {"NAME|PATH": "tales", "NAME": "tales", "T": "byte", "N": "300", "DIR": 
 BEGIN = {  # what a command of lab/ calls once its arguments are understood
     **dict.fromkeys(("scaling", "heads", "codes", "leak", "candidates", "adaptation"),
                     ("run", "draw")),
-    "compare": ("train", "measure", "publish", "spread", "make_film"), "compare_page": ["publish"],
+    "compare": ("train", "measure", "publish", "spread"), "compare_page": ["publish"],
     "collect": ["collect"], "film": ["load"], "methods": ["load"], "metrics": ["load_judge"],
 "ngram": ["load_data"], "pretrained": ["export"]}
 STOPPED = ("scaling", "heads", "codes", "vocabulary", "leak", "candidates", "adaptation", "compare",

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import common
 from common import UserError
 from data.units import tokens_of
-from lab import compare, methods
+from lab import compare, film, methods
 from lab.compare_page import insert, page as page_of, tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -203,7 +203,7 @@ def test_new_documents_are_told_from_training_documents():
 @pytest.mark.parametrize("argv, said", [
     (["--only", "mdlm,gpt"], "gpt"), (["--seeds", "1,x"], "1,x"),
     (["--seeds", "1337,5"], "1337,5"), (["--budget", "huge"], "huge"),
-    (["shoot"], "shoot"), (["film", "--budget", "quick"], "no run of ar.py"),
+    (["shoot"], "shoot"),
     (["table", "--budget", "quick"], "--budget quick"), (["--jobs", "two"], "two")])
 def test_mistakes_are_told_in_one_sentence(argv, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -216,12 +216,20 @@ def test_mistakes_are_told_in_one_sentence(argv, said, tmp_path, monkeypatch):
 
 def test_the_film_ends_with_the_stories_that_are_sampled(quick, monkeypatch, capsys):
     monkeypatch.chdir(quick)
-    compare.main(["film", "--budget", "quick"])
+    runs = {name: compare.settings(name, "quick", 1337)["out"] for name in compare.IDEAS}
+    film.make_film(runs, "quick runs", Path("film.html"))
     shown = capsys.readouterr().out
-    page = (quick / "out/compare/quick/film.html").read_text("utf-8")
-    film = json.loads(re.search(r"const film = (.*);\n", page)[1])
-    assert [method["name"] for method in film["methods"]] == [f"{n}.py" for n in compare.IDEAS]
-    for method, name in zip(film["methods"], compare.IDEAS):
+    page = Path("film.html").read_text("utf-8")
+    story, prompt, gaps = json.loads(re.search(r"const film = (.*);\n", page)[1])["scenes"]
+    names = [f"{name}.py" for name in compare.IDEAS]
+    assert [card["name"] for card in story["cards"]] == names
+    assert [card["name"] for card in gaps["cards"]] == names[1:]
+    for card in prompt["cards"]:  # what is given stands there from the first frame to the last
+        text = "".join(t or "" for t in card["frames"][0][1].values())
+        assert text == film.SCENES["prompt"][1]["prompt"]
+        given = [i for i, t in card["frames"][0][1].items() if t]
+        assert not any(i in changes for _, changes in card["frames"][1:] for i in given)
+    for method, name in zip(story["cards"], compare.IDEAS):
         script, model, cfg, data = methods.load(name, compare.settings(
             name, "quick", 1337)["out"])
         cfg = cfg if name == "ar" else methods.default_sampler(script, cfg)
@@ -254,7 +262,7 @@ def test_a_film_needs_no_other_file(path):
 def test_a_browser_shows_the_last_frame_of_the_film(tmp_path):
     """The committed film in headless Chromium, at its end: every story stands on the page."""
     page = PAGES[1].read_text("utf-8")
-    film = json.loads(re.search(r"const film = (.*);\n", page)[1])
+    shown = json.loads(re.search(r"const film = (.*);\n", page)[1])
     dom = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
          "--no-first-run", "--disable-background-networking", "--disable-component-update",
@@ -262,7 +270,7 @@ def test_a_browser_shows_the_last_frame_of_the_film(tmp_path):
          "--dump-dom", f"{PAGES[1].as_uri()}?t=1"], capture_output=True, text=True, timeout=120)
     body = re.sub(r"<script.*?</script>", "", dom.stdout, flags=re.S)
     text = " ".join(re.sub(r"<[^>]*>", "", body).replace("&amp;", "&").split())
-    for method in film["methods"]:
+    for method in shown["scenes"][0]["cards"]:
         now = {}
         for _, changes in method["frames"]:
             now |= changes
