@@ -34,7 +34,8 @@ BEGIN = {  # what a command of lab/ calls once its arguments are understood
                     ("run", "draw")),
     "compare": ("train", "measure", "publish", "spread"), "compare_page": ["publish"],
     "collect": ["collect"], "film": ["load"], "methods": ["load"], "metrics": ["load_judge"],
-"ngram": ["load_data"], "pretrained": ["export"]}
+"ngram": ["load_data"], "pretrained": ["export"], "weights": ["ship", "write_page"],
+    "results_page": ["tables"]}
 STOPPED = ("scaling", "heads", "codes", "vocabulary", "leak", "candidates", "adaptation", "compare",
            "speed", "gpu_check", "pretrained")  # of these no feature is run here
 
