@@ -115,8 +115,8 @@ def tables(results, root=""):
                     cell(one["true_nll"], 1)])
     return dict(
         methods=markdown("script | lines | nats/token | perplexity | valid-story rate | "
-                       "valid-sentence rate | consistency rate | tokens | entropy of tokens | NFE | "
-                       "notebook", table),
+                         "valid-sentence rate | consistency rate | tokens | entropy of tokens | "
+                         "NFE | notebook", table),
         details=markdown("method | seeds | nats per story | perplexity | gap to entropy | "
                          "single-token "
                          "infilling accuracy | parameters, M | latency at batch 1, ms per story | "

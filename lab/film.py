@@ -21,13 +21,14 @@ from lab.methods import IDEAS, amp, default_sampler, load, sample
 SCENES = dict(  # name: (title, the given text)
     story=("A story", {}),
     prompt=("Behind a prompt", dict(prompt="Once upon a time, there was a shy rabbit named Fern.")),
-    infill=("Filling gaps", dict(infill="Long ago, there was a ___ girl named ___. She liked ___3, "
-                                        "but ___8 One summer, ___ walked to the ___ and ___")))
+    infill=("Filling gaps", dict(infill="Long ago, there was a ___ girl named ___. She liked "
+                                        "___3, but ___8 One summer, ___ walked to the ___ and ___"))
+)
 
 
 def shoot(name, out, given):
-    """A sample of a run behind the given text, as a card of the film: frames [nfe, {position: text}]
-    of changes; null is a position that is not decided, "" one behind the end."""
+    """A sample of a run around the given text, as a card of the film: frames [nfe, {position:
+    text}] of changes; null is a position that is not decided, "" one behind the end."""
     script, model, cfg, data = load(name, out)
     cfg = dataclasses.replace(cfg if name == "ar" else default_sampler(script, cfg), **given)
     canvas = common.encode_canvas(data.tokenizer, cfg, 1)

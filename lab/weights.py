@@ -24,10 +24,10 @@ FOLDER = ROOT / "weights"
 PAGE = """# Weights
 
 One trained checkpoint of each script, its averaged weights in bfloat16. Where no run is in
-`out/NAME`, `python NAME.py sample`, `python NAME.py eval` and the commands of [lab/](../lab/README.md)
-use `weights/NAME.safetensors` and say so. The file holds Config, tokenizer and step as well. It is
-not enough to go on training; that takes the `state.pt` of a run. `python lab/weights.py RUN` makes
-a file and this page.
+`out/NAME`, `python NAME.py sample`, `python NAME.py eval` and the commands of
+[lab/](../lab/README.md) use `weights/NAME.safetensors` and say so; `--out weights/NAME` asks for it
+by name. The file holds Config, tokenizer and step as well. It is not enough to go on training; that
+takes the `state.pt` of a run. `python lab/weights.py RUN` makes a file and this page.
 
 *Bound* is nats per token of the file itself: `=` is exact, `<=` an upper bound. The entropy of the
 500 test stories is {entropy:.3f} nats per token. The last column is the same for the first 32 of
@@ -92,7 +92,7 @@ def write_page():
         link = f"[{path.name}]({path.name})"
         rows.append(f"| {link} | `python {made['command']}` | {step} | "
                     f"{made['parameters'] / 1e6:.2f} | {said[0]} | {said[1]} |")
-        hashes.append(f"| {link} | {made['machine']}, {made['threads']} thread(s), "
+        hashes.append(f"| {link} | {made['machine']}, {made['threads']} thread, "
                       f"{made['dtype']}, PyTorch {made['torch']} | `{sha_of(path)}` |")
     text = PAGE.format(entropy=entropy, rows="\n".join(rows), hashes="\n".join(hashes))
     common.replace(FOLDER / "README.md", lambda file: file.write(text.encode()))

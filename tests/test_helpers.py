@@ -29,9 +29,11 @@ def test_a_film_shows_every_frame_and_is_safe_in_a_page():
     """Text is escaped, changed tokens are marked, a document ends before its EOS, and the slider's
     data are those of the frames."""
     cfg = SimpleNamespace(vocab_size=4, eos=3, rows="docs")
-    page = helpers.film([(0, [4, 4, 4]), (2, [1, 4, 4]), (3, [1, 0, 3])], cfg, TOKENIZER, "<t>").data
+    frames = [(0, [4, 4, 4]), (2, [1, 4, 4]), (3, [1, 0, 3])]
+    page = helpers.film(frames, cfg, TOKENIZER, "<t>").data
     frames = json.loads(html.unescape(re.search(r"const f = (\[\[.*?\]\])\[this", page)[1]))
-    assert frames == [[0, "░░░░░░"], [2, "<mark>a</mark>░░░░"], [3, "a<mark>&lt;b&gt;</mark>"]]
+    assert frames == [[0, "░░░░░░"], [2, "<mark>a</mark>░░░░"],
+                      [3, "a<mark>&lt;b&gt;</mark>"]]
     assert "&lt;t&gt;" in page and "<b>t" not in page and page.count("<script") == 0
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BUDGETS = dict(common=415, ar=382, mdlm=470, dit_embed=567, bit_diffusion=562, sdd=588,
+BUDGETS = dict(common=435, ar=382, mdlm=470, dit_embed=567, bit_diffusion=562, sdd=588,
                diffugpt_varlen=636)  # lines
 SCRIPTS = [name for name in BUDGETS if name != "common"]
 SECTIONS = ["config", "data", "model", "corrupt and loss", "sample", "train", "main"]
@@ -50,7 +50,7 @@ def test_tests_are_not_longer_than_what_they_test():
     lines = {folder: sum(len(path.read_text("utf-8").splitlines())
                          for path in ROOT.glob(f"{folder}/*.py"))
              for folder in (".", "data", "lab", "tests")}
-    assert lines.pop("tests") <= sum(lines.values()) and lines["."] <= 3620
+    assert lines.pop("tests") <= sum(lines.values()) and lines["."] <= 3640
 
 
 def test_budgets_are_not_reached_by_squeezing():
