@@ -77,11 +77,12 @@ def tables(results, root=""):
     from the page to the repository."""
     groups, speeds = by_name(results), results[-1]
     table, details, samples = [], [], []
-    notebooks = {p.stem[3:]: p.stem for p in (ROOT / "notebooks").glob("*.ipynb")}
-    notebooks["real"] = notebooks.get("tales")
+    pages = sorted(p.stem for p in (ROOT / "notebooks").glob("*.ipynb"))
+    numbers = {page[3:]: page[:2] for page in pages}  # of a method; it may have a second part, 02b
+    numbers["real"] = numbers.get("tales")
     for name, rows in groups.items():
         row, is_method = means(rows), name in IDEAS
-        test, sign, page = row["test"], SIGN[row["bound"]], notebooks.get(name)
+        test, sign = row["test"], SIGN[row["bound"]]
         best = row.get("default") or row.get("ancestral", {})
         label = f"`{name}.py`" if is_method else f"*{name}*"
         long = f"[{label}]({root}{name}.py)" if is_method else "*the corpus itself*" \
@@ -92,7 +93,8 @@ def tables(results, root=""):
             long + stale(rows), size, f"{sign} {test['nats_per_token']:.3f}", perplexity,
             *(cell(best.get(k)) for k in ("valid_stories", "valid_sentences", "consistent")),
             cell(best.get("length"), 0), cell(best.get("entropy")), cell(best.get("nfe"), 0),
-            f"[{page[:2]}]({root}notebooks/{page}.ipynb)" if page else ""])
+            " ".join(f"[{page.split('_')[0]}]({root}notebooks/{page}.ipynb)" for page in pages
+                     if page[:2] == numbers.get(name))])
         spread = f" ({row['range'][0]:.1f} to {row['range'][1]:.1f})" if row["seeds"] > 1 else ""
         details.append([
             label, str(row["seeds"]) if is_method else "",
