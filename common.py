@@ -405,9 +405,8 @@ def show_samples(run, sample, model, tokenizer, cfg, step=None):
         x, nfe = sample(model, canvas, cfg, g,
                         on_step=lambda nfe, x: frames.append((nfe, x[0].tolist())))
     for k in sorted({round(k * (len(frames) - 1) / 5) for k in range(6)} if cfg.trace else []):
-        text = tokenizer.decode_masked(frames[k][1])  # a masked token is a block
-        run.say(textwrap.fill(text[:280], 100, initial_indent=f"{frames[k][0]:5}  ",
-                              subsequent_indent=" " * 7))
+        text = " ".join(tokenizer.decode_masked(frames[k][1]).split())  # a block for a mask
+        run.say(f"{frames[k][0]:5}  {text[:92]}{' ...' if len(text) > 92 else ''}")
     rows = tokens_of(x, cfg)
     texts = [tokenizer.decode(ids) for ids in rows]
     about = dict(num_samples=len(rows), nfe=nfe, seconds=time.time() - start,
