@@ -21,7 +21,6 @@ from IPython.display import HTML
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common
-from data.units import tokens_of
 from lab import methods
 
 COLORS = methods.COLORS  # of the six methods, in every figure
@@ -42,7 +41,7 @@ def setup(seed=0):
         shell.display_formatter.formatters["image/png"].for_type(plt.Figure, small_png)
 
 
-def small_png(figure, colors=64):
+def small_png(figure, colors=128):
     """A figure as PNG of at most so many colours."""
     figure.canvas.draw()
     image = PIL.Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
@@ -58,6 +57,27 @@ def entropy_line(axes, value, label="entropy", **kw):
 def rng(seed):
     """A random number generator of its own."""
     return torch.Generator().manual_seed(seed)
+
+
+def forward_grid(texts, colors, times, wrong=None, forward="forward: noise", size=7.5):
+    """The forward process as a grid: positions across, times down, the reverse arrow beside it.
+    texts, colors, wrong (its texts are red): rows of cells; \\n begins another line of a cell."""
+    rows, columns = len(texts), len(texts[0])
+    _, axes = plt.subplots(figsize=(10.5, 0.8 + 0.45 * rows))
+    for k, i in np.ndindex(rows, columns):
+        axes.add_patch(plt.Rectangle((i, k), 1, 1, ec="0.7", lw=0.6, fc=colors[k][i]))
+        axes.text(i + 0.5, k + 0.5, texts[k][i], ha="center", va="center", fontsize=size,
+                  color="tab:red" if wrong is not None and wrong[k][i] else "black",
+                  parse_math=False)
+    for x, (begin, end), label in ((-0.02 * columns, (0, rows), forward),
+                                   (1.02 * columns, (rows, 0), "reverse: sampling")):
+        axes.annotate("", (x, end), (x, begin), arrowprops=dict(arrowstyle="-|>", lw=1.5))
+        axes.text(x + 0.03 * columns * (1 if x > 0 else -1), rows / 2, label, rotation=90,
+                  ha="center", va="center")
+    axes.set(xlim=(-0.07 * columns, 1.07 * columns), ylim=(rows, 0), xlabel="position",
+             ylabel="time t", xticks=np.arange(columns) + 0.5, xticklabels=range(1, columns + 1),
+             yticks=np.arange(rows) + 0.5, yticklabels=[f"{t:.2f}" for t in times])
+    axes.grid(False)
 
 
 # ---- stored results ------------------------------------------------------------------------------
@@ -102,12 +122,12 @@ def show(label, ids, tokenizer, lines=3, width=92):
 
 
 def trajectory(script, model, cfg, seed=0, canvas=None):
-    """One sample as it takes shape: frames (NFE, ids), the first of them all masks."""
+    """One sample as it takes shape: frames (NFE, ids); in the first nothing is generated."""
     start = [cfg.vocab_size] * cfg.seq_len if canvas is None else canvas[0].tolist()
     frames = [(0, start)]
     with methods.amp(model, cfg):
         methods.sample(script, model, cfg, 1, rng(seed), canvas, frames)
-    return frames
+    return frames[:-1] if frames[-1] == frames[-2] else frames
 
 
 FILM = """<div style="font-family: sans-serif; max-width: 60em">
@@ -118,25 +138,21 @@ oninput="const f = {frames}[this.value]; const d = this.parentNode; d.querySelec
 >{text}</pre></div>"""
 
 
-def film(frames, cfg, tokenizer, title):
-    """A film that needs no other file: a slider over the frames (NFE, ids). Tokens that changed
-    since the frame before are marked; text behind the first EOS is left out."""
+def film(frames, cfg, tokenizer, title, every=1):
+    """A film that needs no other file: a slider over every n-th of the frames (NFE, ids), the last
+    one included. Tokens that changed since the frame before are marked; text behind the first EOS
+    is left out."""
     shots, before = [], None
-    for nfe, ids in frames:
+    for nfe, ids in frames[::-every][::-1]:
         parts = []
         for i, token in enumerate(ids):
             if token == cfg.eos and cfg.rows == "docs":
                 break
             text = html.escape(tokenizer.decode([token])) if token < cfg.vocab_size else "░░"
-            new = before is not None and token != before[i]
+            new = before is not None and [token] != before[i:i + 1]  # rows may grow
             parts.append(f"<mark>{text}</mark>" if new and text.strip() else text)
         shots.append([nfe, "".join(parts)])
         before = ids
     code = html.escape(json.dumps(shots, ensure_ascii=False), quote=True)
     return HTML(FILM.format(title=html.escape(title), last=len(shots) - 1, frames=code,
                             nfe=shots[-1][0], text=shots[-1][1]))
-
-
-def texts_of(x, cfg, tokenizer):
-    """Rows of ids (n, T) as n texts."""
-    return [tokenizer.decode(ids) for ids in tokens_of(x, cfg)]

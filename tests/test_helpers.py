@@ -37,6 +37,23 @@ def test_a_film_shows_every_frame_and_is_safe_in_a_page():
     assert "&lt;t&gt;" in page and "<b>t" not in page and page.count("<script") == 0
 
 
+def test_every_second_frame_and_the_last_are_filmed():
+    cfg = SimpleNamespace(vocab_size=4, eos=3, rows="docs")
+    page = helpers.film([(k, [1] * k + [4]) for k in range(6)], cfg, TOKENIZER, "t", every=2).data
+    frames = json.loads(html.unescape(re.search(r"const f = (\[\[.*?\]\])\[this", page)[1]))
+    assert [nfe for nfe, _ in frames] == [1, 3, 5] and 'max="2"' in page
+
+
+def test_the_forward_process_is_a_grid_of_texts():
+    helpers.forward_grid([["a", "b"], ["$x", "M"]], [["white", "0.5"]] * 2, [0.0, 1.0],
+                         [[False, False], [True, False]])
+    axes = plt.gca()
+    cells = {text.get_text(): text.get_color() for text in axes.texts}
+    assert cells["$x"] == "tab:red" and cells["M"] == "black" and "reverse: sampling" in cells
+    assert len(axes.patches) == 4 and axes.get_ylim() == (2, 0)
+    plt.close()
+
+
 def test_figures_are_small_and_the_entropy_has_one_colour():
     figure, axes = plt.subplots()
     line = helpers.entropy_line(axes, 1.5)
@@ -68,6 +85,5 @@ def test_a_trajectory_of_shipped_weights_ends_with_text(name):
     frames = helpers.trajectory(script, model, cfg, canvas=canvas)
     assert frames[0] == (0, canvas[0].tolist())
     assert all(token < cfg.vocab_size for token in frames[-1][1])
-    assert helpers.texts_of(torch.tensor([frames[-1][1]]), cfg, tokenizer)[0].startswith("Once")
-    with torch.no_grad():
-        assert not any(p.requires_grad for p in model.parameters())
+    assert frames[-1] != frames[-2] and tokenizer.decode(frames[-1][1]).startswith("Once")
+    assert not any(p.requires_grad for p in model.parameters())
