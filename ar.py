@@ -69,7 +69,7 @@ class Config:
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
     trace: bool = False  # print the trajectory of the first sample
-    temperature: float = 1.0  # below 1: safer, less diverse; 0: the most likely token
+    temperature: float = 1.0  # below 1: safer, less varied; 0: the most likely token
     top_k: int = 0  # keep the k most likely tokens; 0 = all
     top_p: float = 1.0  # keep the most likely tokens that hold this much probability
     # set by the data

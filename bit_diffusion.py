@@ -88,7 +88,7 @@ class Config:
     num_steps: int = 64  # network evaluations, without that of the length; 0 = a token per step
     order: Literal["random", "l2r", "maxprob"] = "maxprob"  # which position is denoised first
     length_first: bool = True  # draw the length of a document first, then its tokens
-    temperature: float = 0.3  # below 1: safer, less diverse; 0: most likely by context
+    temperature: float = 0.3  # below 1: safer, less varied; 0: most likely by context
     top_k: int = 0  # keep the k most likely tokens; 0 = all
     top_p: float = 1.0  # keep the most likely tokens that hold this much probability
     # set by the data

@@ -91,7 +91,7 @@ class Config:
     length_mode: Literal["fixed", "truncate", "quantile", "blockwise", "presampled"] = "truncate"
     length_quantile: float = 0.9  # quantile: the canvas is long enough with this probability
     block_size: int = 32  # quantile, blockwise: tokens that one extension adds
-    temperature: float = 0.5  # below 1: safer, less diverse; 0: the most likely token
+    temperature: float = 0.5  # below 1: safer, less varied; 0: the most likely token
     top_k: int = 0  # keep the k most likely tokens; 0 = all
     top_p: float = 1.0  # keep the most likely tokens that hold this much probability
     # set by the data

@@ -82,7 +82,7 @@ class Config:
     order: Literal["random", "l2r", "maxprob", "margin", "entropy"] = "maxprob"  # unmasked first
     remask: Literal["none", "random", "conf"] = "conf"  # ReMDM (E6); conf: improbable ones rather
     length_first: bool = True  # draw the length of a document first, then its tokens
-    temperature: float = 0.5  # below 1: safer, less diverse; 0: the most likely token
+    temperature: float = 0.5  # below 1: safer, less varied; 0: the most likely token
     top_k: int = 0  # keep the k most likely tokens; 0 = all
     top_p: float = 1.0  # keep the most likely tokens that hold this much probability
     # set by the data
