@@ -21,12 +21,10 @@ from data.units import se
 from lab import dit_variants
 
 STEPS, TARGET = 400, ROOT / "results/heads.json"
+USUAL = dict(noise_window=1.0, input="both")  # all see z itself, which v and eps are made of
 RUNS = {  # name: settings; noise window 1 is the usual process
     "logits, window 0.1": dict(noise_window=0.1),
-    "logits": dict(noise_window=1.0),
-    "x0": dict(noise_window=1.0, prediction_type="x0"),
-    "v": dict(noise_window=1.0, prediction_type="v"),
-    "eps": dict(noise_window=1.0, prediction_type="eps"),
+    **{name: USUAL | dict(prediction_type=name) for name in ("logits", "x0", "v", "eps")},
 }
 PARTS = ("prior", "diffusion", "reconstruction")
 
