@@ -134,6 +134,7 @@ def length_table():
 
 
 def heads(made):
+    """Training loss and bound of each prediction type."""
     return markdown("prediction | loss at the first step | at the last step | bound, nats per "
                     "story", [[row["name"], f"{row['loss'][0]:.2f}", f"{row['loss'][-1]:.2f}",
                                f"<= {row['nats_per_story']:.0f} ± {row['se']:.0f}"]
@@ -141,6 +142,7 @@ def heads(made):
 
 
 def codes(made):
+    """Mean and range over seeds for each order of the codes."""
     orders, lines = ("id", "random", "frequency", "semantic"), []
     for head in ("token", "bit"):
         nats = [[row["nats_per_story"] for row in made["rows"]
@@ -151,12 +153,14 @@ def codes(made):
 
 
 def vocabulary(made):
+    """What GPT-2's vocabulary costs, relative to mdlm.py in one run."""
     return markdown("script or head | parameters | times as fast | share of its memory", [
         [name, f"{case['parameters'] / 1e6:.2f}M", f"{case['times_as_fast']:.2f}",
          f"{case['share_of_memory']:.2f}"] for name, case in made["cases"].items()])
 
 
 def candidates(made):
+    """One choice of sdd.py changed at a time."""
     return markdown("choice | steps | nats per story", [
         [f"`{row['name']}`" if row["name"][0] == "-" else row["name"], str(row["steps"]),
          f"{SIGN[row['bound']]} {row['nats_per_story']:.1f} ± {row['se']:.1f}"]
@@ -164,6 +168,7 @@ def candidates(made):
 
 
 def leak(made):
+    """The original process: shares near the noisy end; samples of 16 steps at temperature 0.7."""
     lines = []
     for row in made["rows"]:
         shares = [row.get("accuracy"), row.get("copy"),
@@ -178,6 +183,7 @@ def leak(made):
 
 
 def adaptation(made):
+    """One part of the recipe of diffugpt_varlen.py changed at a time, three seeds."""
     lines = []
     for name in dict.fromkeys(row["name"] for row in made["rows"]):
         some = [row for row in made["rows"] if row["name"] == name]
@@ -188,6 +194,7 @@ def adaptation(made):
 
 
 def scaling(made):
+    """Nats per story by width and steps."""
     found = {(row["name"], row["n_embd"], row["steps"]): row for row in made["rows"]}
     steps = sorted({key[2] for key in found})
     return markdown(" | ".join(["script", "width", *(f"{n} steps" for n in steps)]), [
@@ -198,6 +205,7 @@ def scaling(made):
 
 
 def speed_train(made):
+    """Training steps beside nanoGPT's, one thread."""
     lines, bfloat16 = [], made["train_bfloat16_1"]
     for name, row in made["train_float32_1"].items():
         label = {"reference": "nanoGPT's step", "ar_compiled": "`ar.py --compile yes`",
@@ -212,6 +220,7 @@ def speed_train(made):
 
 
 def speed_sample(made):
+    """Time of samples relative to ar.py with its cache."""
     names = [key.split("_1_")[0].removeprefix("sample_") for key in made
              if key.startswith("sample_") and key.endswith("_1_default")]
     return markdown("script | T=1, one token per step (ancestral): batch 1 | batch 16 | default "
@@ -223,6 +232,7 @@ def speed_sample(made):
 
 
 def speed_quality(made):
+    """What is learned in equal times."""
     lines = []
     for name, label, sign in (("ar", "`ar.py`", "="), ("reference", "nanoGPT's step", "="),
                               ("mdlm", "`mdlm.py`", "<="), (
