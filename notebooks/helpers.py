@@ -134,7 +134,7 @@ FILM = """<div style="font-family: sans-serif; max-width: 60em">
 <b>{title}</b><br><input type="range" min="0" max="{last}" value="{last}" style="width: 22em"
 oninput="const f = {frames}[this.value]; const d = this.parentNode; d.querySelector('i').textContent
 = f[0]; d.querySelector('pre').innerHTML = f[1]"> NFE <i>{nfe}</i>
-<pre style="white-space: pre-wrap; font-family: monospace; line-height: 1.5; min-height: 9em"
+<pre style="white-space: pre-wrap; word-break: normal; line-height: 1.5; min-height: 9em"
 >{text}</pre></div>"""
 
 
