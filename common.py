@@ -298,7 +298,7 @@ def checkpoint_of(out):
     and out/NAME as long as there is no such folder."""
     out, shipped = Path(out), ROOT / "weights" / f"{Path(out).name}.safetensors"
     untrained = out.parent == Path("out") and not out.exists() and shipped.exists()
-    asked = out.parent.resolve() == shipped.parent
+    asked = out.parent in (Path("weights"), shipped.parent)
     return shipped if untrained or asked else out / "model.safetensors"
 
 

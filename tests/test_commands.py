@@ -208,7 +208,7 @@ def test_every_feature_works_at_tiny_size(command, home, capsys, monkeypatch, tm
             [] if "--out" in argv else ["--out", str(tmp_path / "run")]) + (
             ["--parent-steps", "2"] if "varlen" in name else [])
     importlib.import_module(path.removesuffix(".py").replace("/", ".")).main(argv)
-    assert re.search("nfe|nats|png|gen_nll|accuracy", capsys.readouterr().out)
+    assert re.search("nfe|nats|png|html|gen_nll|accuracy", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("flags, nfe", [
