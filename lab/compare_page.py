@@ -260,6 +260,7 @@ def plot_speed(runs, speeds):
     for k, n in enumerate((1, speeds["n"])):
         bars(panels[1 + k], {part: {name: speeds[part][name][k] for name in runs}
                              for part in PARTS}, f"seconds for a story, {n} at a time")
+    panels[2].margins(y=0.25)  # room for the legend
     panels[2].legend(fontsize=7, loc="upper left")
     return figure
 
