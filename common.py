@@ -297,9 +297,9 @@ def checkpoint_of(out):
     """The weights in the run folder `out`. Those that the repository ships are called weights/NAME,
     and out/NAME as long as there is no such folder."""
     out, shipped = Path(out), ROOT / "weights" / f"{Path(out).name}.safetensors"
-    untrained = out.parent == Path("out") and not out.exists() and shipped.exists()
+    untrained = out.parent == Path("out") and not out.exists()
     asked = out.parent in (Path("weights"), shipped.parent)
-    return shipped if untrained or asked else out / "model.safetensors"
+    return shipped if shipped.exists() and (untrained or asked) else out / "model.safetensors"
 
 
 def load_config(Config, out, reads_data=False, resume=False):

@@ -1,7 +1,7 @@
 """Six ways to model text at one budget of tokens: train all, measure all, one table.
 
     python lab/compare.py --budget quick        a minute: does everything work? nothing is learnt
-    python lab/compare.py --jobs 2              three seeds, 18 runs, hours; README: --seeds 1337
+    python lab/compare.py --jobs 2              three seeds, 18 runs, hours
     python lab/compare.py --budget full         preset small, 10000 steps: for a GPU
     python lab/compare.py table                 tables, pages and figures anew from the results
 

@@ -45,6 +45,7 @@ def log_of(name):
 
 
 def of_kind(rows, kind):
+    """The rows of a log of one kind: config, train, val, samples."""
     return [row for row in rows if row["kind"] == kind]
 
 

@@ -21,8 +21,9 @@ from IPython.display import HTML
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common
-from lab import methods
+from lab import methods, results_page
 
+of_kind = results_page.of_kind  # rows of a log of one kind: config, train, val, samples
 COLORS = methods.COLORS  # of the six methods, in every figure
 ENTROPY = methods.ENTROPY["color"]  # of the entropy and of real text
 
@@ -85,11 +86,6 @@ def stored(name):
     """A file of results/: the rows of a .jsonl as a list, or what is in a .json."""
     text = (ROOT / "results" / name).read_text("utf-8")
     return [*map(json.loads, text.splitlines())] if name.endswith(".jsonl") else json.loads(text)
-
-
-def of_kind(rows, kind):
-    """The rows of a log of one kind: config, train, val, samples."""
-    return [row for row in rows if row["kind"] == kind]
 
 
 def group_by(rows, *keys):

@@ -77,7 +77,8 @@ def test_a_run_comes_first_and_resume_wants_one(tmp_path, monkeypatch):
     assert common.checkpoint_of("out/mdlm") == ROOT / "weights/mdlm.safetensors"
     assert common.checkpoint_of(Path("out") / "mdlm") == ROOT / "weights/mdlm.safetensors"
     assert common.checkpoint_of("weights/mdlm") == ROOT / "weights/mdlm.safetensors"
-    for out in ("out/mine", "mdlm", tmp_path / "out/mdlm", tmp_path / "weights/mdlm"):
+    for out in ("out/mine", "weights/mine", "mdlm", tmp_path / "out/mdlm",
+                tmp_path / "weights/mdlm"):
         assert common.checkpoint_of(out) == Path(out) / "model.safetensors"
     with pytest.raises(common.UserError, match="out/mdlm/model.safetensors is missing"):
         mdlm.main(["--resume"])
