@@ -32,7 +32,7 @@ from data.units import entropy_of, report, tokens_of
 
 ROOT = Path(__file__).resolve().parent
 for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(name, "64")  # a CPU with bfloat16 keeps 1024 kernels, one a shape: 4 GB
+    os.environ.setdefault(name, "256")  # a CPU with bfloat16 keeps 1024 kernels, one a shape: 4 GB
 CHECKPOINT_KEYS = ("preset", "vocab_size", "seq_len", "rows", "n_layer", "n_head", "n_embd")
 
 

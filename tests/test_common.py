@@ -897,7 +897,7 @@ def test_a_cpu_keeps_few_kernels(tmp_path):
     """1024 kernels, one for each number of masked tokens, were 4 GB; who sets a limit keeps it."""
     names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
     code = f"import os, torch, common; print(*(os.environ[name] for name in {names}))"
-    for given, shown in ({}, "64 64"), ({names[1]: "7"}, "64 7"):
+    for given, shown in ({}, "256 256"), ({names[1]: "7"}, "256 7"):
         env = {k: v for k, v in os.environ.items() if k not in names} | given
         done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, text=True,
                               capture_output=True, timeout=60)
