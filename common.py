@@ -9,12 +9,10 @@ import itertools
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import textwrap
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -104,17 +102,6 @@ def pick_dtype(name, device):
     fast = (cpu.get("avx512_bf16") or cpu.get("amx_bf16") or cpu.get("amx_tile") or
             device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     return name if name != "auto" else "bfloat16" if fast else "float32"
-
-
-def compile_blocks(blocks, cfg, device):
-    """torch.compile for --compile yes; for auto if there is a C++ compiler and the run is long. It
-    takes a minute. Blocks only: the head's input has another length at every step."""
-    able = device.type != "mps" and any(map(shutil.which, ("g++", "clang++", "cl")))
-    if cfg.compile == "yes" or cfg.compile == "auto" and able and cfg.steps >= 5000:
-        torch._dynamo.config.suppress_errors = cfg.compile == "auto"  # what fails runs as it is
-        warnings.filterwarnings("ignore", ".*code generation for complex operators")  # rotate()
-        for block in blocks:
-            block.compile()
 
 
 def machine(device):
@@ -330,54 +317,6 @@ def load_model(Model, cfg, device, data=None):
         model = Model(cfg).to(device)
         model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
     return model, stored
-
-
-# ---- optimizer ---------------------------------------------------------------------------------
-NEWTON_SCHULZ = ((8.3434, -24.2028, 17.595), (4.0709, -2.9692, 0.547), (3.6778, -2.6964, 0.5166),
-                 (2.782, -2.0749, 0.4635))
-
-
-def orthogonalize(G):
-    """Matrices G (N, m, n), m <= n, with singular values of about 1: those above 0.002 of the norm
-    become 0.66 to 1.32 (Newton-Schulz as in Jordan et al. 2024; each step's odd polynomial is the
-    closest to 1 on the interval the one before leaves, as in Amsel et al. 2025)."""
-    X = G / G.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for a, b, c in NEWTON_SCHULZ:
-        A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return X
-
-
-class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon for networks like these: matrices of one shape are orthogonalised together,
-    in `dtype`; auto (as in --dtype) is bfloat16 where the hardware multiplies it, else float32."""
-
-    def __init__(self, params, lr, dtype="auto", momentum=0.95, weight_decay=0.05):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.dtype = dtype
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            shapes = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    shapes.setdefault(tuple(sorted(p.shape)), []).append(p)
-            for several in shapes.values():
-                for p in several:
-                    if not self.state[p]:
-                        self.state[p]["momentum"] = torch.zeros_like(p)
-                grads, old = [p.grad for p in several], [self.state[p]["momentum"] for p in several]
-                torch._foreach_lerp_(old, grads, 1 - group["momentum"])
-                G = torch._foreach_lerp(grads, old, group["momentum"])  # Nesterov's
-                dtype = getattr(torch, pick_dtype(self.dtype, several[0].device))
-                X = torch.stack([g.mT if g.shape[0] > g.shape[1] else g for g in G]).to(dtype)
-                n = 1 if X.device.type == "cpu" else len(X)  # one by one they stay in its cache
-                X = torch.cat([orthogonalize(x) for x in X.split(n)]).to(several[0].dtype)
-                torch._foreach_mul_(several, 1 - group["lr"] * group["weight_decay"])
-                rate = 0.2 * max(several[0].shape) ** 0.5  # an RMS like that of AdamW's updates
-                X = [x.mT if p.shape[0] > p.shape[1] else x for p, x in zip(several, X)]
-                torch._foreach_add_(several, X, alpha=-group["lr"] * rate)
 
 
 # ---- samples -----------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import fast
 from data.prepare import load_data
 from data.units import likelihood, report
 
@@ -385,7 +386,7 @@ def make_optimizers(model, cfg):
     hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
     embed = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     rest = [p for p in model.parameters() if not any(p is other for other in hidden + embed)]
-    return [common.Muon([dict(params=hidden, scale=1.0)], cfg.lr, cfg.dtype),
+    return [fast.Muon([dict(params=hidden, scale=1.0)], cfg.lr, cfg.dtype),
             torch.optim.AdamW([dict(params=embed, scale=10.0), dict(params=rest, scale=3.0)],
                               cfg.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
 
@@ -408,7 +409,7 @@ def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sampl
         g = torch.Generator().manual_seed(cfg.seed)
         state = data.tokenizer, model, ema, optimizers, g  # all that a checkpoint holds
         step = run.resume(*state) if cfg.resume else 0
-        common.compile_blocks(model.blocks, cfg, run.device)
+        fast.speed_up(model, cfg, run.device)
         run.begin(step, model, data)
         while step < cfg.steps and not run.stopping():
             if step % cfg.eval_every == 0:

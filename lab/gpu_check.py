@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))  # `python lab/gpu_check.py`
 import ar
 import common
 import diffugpt_varlen
+import fast
 from data.files import read_log
 from lab.methods import IDEAS, loss, script_of
 from lab.speed import step
@@ -93,8 +94,8 @@ def speed(script, opt, device, compiled):
         g = torch.Generator().manual_seed(0)
         try:
             model = script.Model(cfg).to(device)
-            for block in model.blocks if compiled else []:
-                block.compile()
+            fast.speed_up(model, dataclasses.replace(cfg, compile="yes" if compiled else "no"),
+                            device)
             parts = (script, loss, cfg, model, script.make_optimizers(model, cfg), g,
                      lambda: script.get_batch(data.train, cfg, g), amp)
             for _ in range(1 if opt.tiny else 4):

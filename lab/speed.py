@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))  # `python lab/speed.py`
 import ar
 import common
 import diffugpt_varlen
+import fast
 import mdlm
 from lab import decoding, mdlm_variants, methods
 from lab.methods import IDEAS, ancestral, default_sampler, device_of, script_of
@@ -64,15 +65,16 @@ def race(works, rounds, warm, clock=None):
     return {name: statistics.median(several[warm:]) for name, several in times.items()}
 
 
-def build(script, dtype="auto"):
+def build(script, dtype="auto", compile="no"):
     """The default Config of a script, a new network, its optimizers, a generator, and a function
     that draws a batch."""
     g = torch.Generator().manual_seed(0)
     own = dict(init_from="scratch") if script is diffugpt_varlen else {}
-    cfg = script.Config(dtype=dtype, **own)
+    cfg = script.Config(dtype=dtype, compile=compile, **own)
     batch = functools.partial(script.get_batch, script.load_data(cfg).train, cfg, g)
     torch.manual_seed(0)
     model = script.Model(cfg)
+    fast.speed_up(model, cfg, torch.device("cpu"))
     return cfg, model, script.make_optimizers(model, cfg), g, batch
 
 
@@ -152,12 +154,9 @@ def train():
         amp = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
         works = {"reference": reference_step(amp)}
         for name, script in SCRIPTS.items():
-            for compiled in (False, True) if name in ("ar", "mdlm") else (False,):
-                made = build(script, dtype)
-                for block in made[1].blocks if compiled else []:
-                    block.compile()
-                works[name + "_compiled" * compiled] = functools.partial(
-                    step, script, methods.loss, *made, amp)
+            for compile in ("no", "yes") if name in ("ar", "mdlm") else ("no",):
+                works[name + "_compiled" * (compile == "yes")] = functools.partial(
+                    step, script, methods.loss, *build(script, dtype, compile), amp)
         for threads in (1, 2):
             torch.set_num_threads(threads)
             torch.compiler.reset()  # what was compiled for other numbers of threads

@@ -33,7 +33,7 @@ def serve():
     torch.set_num_threads(1)
     weight = torch.nn.Parameter(torch.zeros(2, 2))
     weight.grad = torch.zeros(2, 2)
-    for optimizer in (scripts["ar"].common.Muon([weight], 0.0), torch.optim.AdamW([weight])):
+    for optimizer in (scripts["ar"].fast.Muon([weight], 0.0), torch.optim.AdamW([weight])):
         optimizer.step()  # imports much of torch
     for job in map(json.loads, sys.stdin):
         for rank in range(job["world"]):

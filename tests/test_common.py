@@ -28,6 +28,7 @@ import bit_diffusion
 import common
 import diffugpt_varlen
 import dit_embed
+import fast
 import mdlm
 import sdd
 from data import files, prepare, units
@@ -842,9 +843,11 @@ def test_a_compiled_model_has_the_losses_of_a_plain_one(home, straight, quick, t
 def test_long_runs_are_compiled_where_a_compiler_is(compile, steps, compiler, device, compiled,
                                                     monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: name if name == compiler else None)
-    block = torch.nn.Linear(1, 1)
-    common.compile_blocks([block], ar.Config(compile=compile, steps=steps), torch.device(device))
-    assert (block._compiled_call_impl is not None) == compiled
+    cfg = ar.Config(compile=compile, steps=steps, vocab_size=5, n_layer=1)
+    model = ar.Model(cfg)
+    fast.speed_up(model, cfg, torch.device(device))
+    assert (model.blocks[0]._compiled_call_impl is not None) == compiled
+    assert (type(model.norm) is fast.FastRMSNorm) == (device == "cpu" and not compiled)
 
 
 def test_tensorboard_and_wandb_receive_every_number_of_the_log(home, quick, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """What the scripts have in common, tested in each: attention, filters, categorical draws,
 micro-batches, learning, and that sections 3-5 run alone."""
+import copy
 import itertools
 import math
 import types
@@ -15,9 +16,9 @@ import torch.nn.functional as F
 
 import ar
 import bit_diffusion
-import common
 import diffugpt_varlen
 import dit_embed
+import fast
 import mdlm
 import sdd
 from lab import bit_variants, dit_variants, mdlm_variants, sdd_variants
@@ -403,13 +404,28 @@ def test_newton_schulz_makes_singular_values_about_one_and_keeps_their_vectors(d
     g = generator(0)
     u, v = (torch.linalg.qr(torch.randn(3, n, 12, generator=g)).Q for n in (12, 30))
     s = torch.logspace(0, math.log10(0.004), 12)  # the norm is 1.3
-    got = common.orthogonalize((u * s @ v.mT).to(dtype))
+    got = fast.orthogonalize((u * s @ v.mT).to(dtype))
     assert got.dtype == dtype
     inside = u.mT @ got.float() @ v
     values = inside.diagonal(dim1=1, dim2=2)
     assert low < values.min() and values.max() < high
     assert (inside - torch.diag_embed(values)).abs().max() < (1e-3 if dtype == torch.float32 else 1)
-    assert common.orthogonalize(torch.zeros(1, 3, 4)).abs().max() == 0
+    assert fast.orthogonalize(torch.zeros(1, 3, 4)).abs().max() == 0
+
+
+def test_the_faster_norm_is_rms_norm():
+    """Values and gradients; a copy of a model that was sped up has gains of its own."""
+    x = torch.randn(2, 3, 6, generator=generator(0)).double()
+    norm = nn.RMSNorm(6, dtype=torch.float64)
+    nn.init.normal_(norm.weight)
+    model = nn.Sequential(copy.deepcopy(norm))
+    fast.speed_up(model, SimpleNamespace(compile="no", steps=1), torch.device("cpu"))
+    copied = copy.deepcopy(model)
+    assert torch.allclose(model(x), norm(x), atol=1e-14)
+    assert torch.autograd.gradcheck(lambda x, w: fast.NormFunction.apply(x, w, 1e-8),
+                                    (x.requires_grad_(), norm.weight))
+    nn.init.zeros_(copied[0].weight)
+    assert copied(x).abs().max() == 0 and torch.allclose(model(x), norm(x), atol=1e-14)
 
 
 def test_muon_is_the_muon_of_torch():
@@ -417,7 +433,7 @@ def test_muon_is_the_muon_of_torch():
     g, moved = generator(1), []
     start = [torch.randn(shape, generator=g) for shape in ((16, 64), (64, 16), (16, 16), (16, 64))]
     grads = [[torch.randn(p.shape, generator=g) for p in start] for _ in range(3)]
-    for make in (lambda ps: common.Muon(ps, 0.02, weight_decay=0.05), lambda ps: torch.optim.Muon(
+    for make in (lambda ps: fast.Muon(ps, 0.02, weight_decay=0.05), lambda ps: torch.optim.Muon(
             ps, 0.02, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")):
         params = [nn.Parameter(p.clone()) for p in start] + [nn.Parameter(torch.ones(2, 2))]
         optimizer = make(params)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import common
+import fast
 import diffugpt_varlen as script
 from common import UserError
 from data.prepare import char_tokenizer, load_data
@@ -235,7 +236,7 @@ def test_adamw_has_one_rate_and_muon_is_the_scripts():
     model = script.Model(config(n_embd=16))
     (one,), (muon, _) = (pretrained.make_optimizers(model, config(
         optimizer=name, weight_decay=0.3)) for name in ("adamw", "muon"))
-    assert isinstance(one, torch.optim.AdamW) and isinstance(muon, common.Muon)
+    assert isinstance(one, torch.optim.AdamW) and isinstance(muon, fast.Muon)
     group, = one.param_groups
     assert len(group["params"]) == len([*model.parameters()])
     assert (group["scale"], group["betas"], group["weight_decay"]) == (1.0, (0.9, 0.999), 0.3)

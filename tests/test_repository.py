@@ -78,8 +78,7 @@ def test_sections_3_to_5_use_torch_and_the_standard_library_alone(name):
 
 
 def test_common_is_plumbing_only():
-    """No modules, losses, schedules, samplers, learning rates or training loops. (Its optimizer is
-    torch.optim's, but fast on every CPU.)"""
+    """No modules, losses, schedules, samplers, optimizers, learning rates or training loops."""
     tree = ast.parse(read(ROOT / "common.py"))
     imported = {alias.name for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))
                 for alias in n.names} | {n.module for n in ast.walk(tree)

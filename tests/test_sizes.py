@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BUDGETS = dict(common=435, ar=382, mdlm=470, dit_embed=567, bit_diffusion=562, sdd=588,
-               diffugpt_varlen=636)  # lines
-SCRIPTS = [name for name in BUDGETS if name != "common"]
+BUDGETS = dict(common=373, fast=102, ar=383, mdlm=471, dit_embed=568, bit_diffusion=563, sdd=589,
+               diffugpt_varlen=637)  # lines
+SCRIPTS = [name for name in BUDGETS if name not in ("common", "fast")]
 SECTIONS = ["config", "data", "model", "corrupt and loss", "sample", "train", "main"]
 each = pytest.mark.parametrize("name", SCRIPTS)
 
@@ -50,7 +50,7 @@ def test_tests_are_not_longer_than_what_they_test():
     lines = {folder: sum(len(path.read_text("utf-8").splitlines())
                          for path in ROOT.glob(f"{folder}/*.py"))
              for folder in (".", "data", "lab", "tests")}
-    assert lines.pop("tests") <= sum(lines.values()) and lines["."] <= 3640
+    assert lines.pop("tests") <= sum(lines.values()) and lines["."] <= 3690
 
 
 def test_budgets_are_not_reached_by_squeezing():
@@ -80,7 +80,7 @@ def test_docstring_and_config_are_short_and_every_field_is_used(name):
     config = next(node for node in tree.body if getattr(node, "name", "") == "Config")
     fields = [node.target.id for node in config.body if isinstance(node, ast.AnnAssign)]
     assert len(fields) <= 45 and len(set(fields)) == len(fields)
-    users = read(name) + read("common") + read("data/prepare")
+    users = read(name) + read("common") + read("fast") + read("data/prepare")
     for field in set(fields) - {"trace"}:
         assert re.search(rf"cfg\.{field}\b|\"{field}\"", users), field
 
@@ -99,7 +99,7 @@ def test_every_function_of_a_script_is_used_by_that_script(name):
 def test_every_function_of_common_and_data_is_used_somewhere():
     texts = {path: path.read_text("utf-8") for path in [
         *ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("lab/*.py")]}
-    for name in ("common", "data/files", "data/units", "data/prepare"):
+    for name in ("common", "fast", "data/files", "data/units", "data/prepare"):
         for node in ast.walk(ast.parse(read(name))):
             once = (getattr(node, "name", "") or "_")[0] == "_" or (
                 node.name == "train_tales_tokenizer")
@@ -109,11 +109,12 @@ def test_every_function_of_common_and_data_is_used_somewhere():
 
 
 def test_imports_point_one_way():
-    """Scripts import common and data; common imports data; data imports itself. Only lab, tests and
+    """Scripts import fast, common and data; fast imports common, and that data. Only lab, tests and
     notebooks import lab; nothing in lab imports in a circle. results/ holds no code."""
     ours = {*BUDGETS, "data", "lab"}
     for name in SCRIPTS:
-        assert imports(ROOT / f"{name}.py") & ours <= {"common", "data"}
+        assert imports(ROOT / f"{name}.py") & ours <= {"common", "data", "fast"}
+    assert imports(ROOT / "fast.py") & ours == {"common"}
     assert imports(ROOT / "common.py") & ours == {"data"}
     for path in ROOT.glob("data/*.py"):
         assert imports(path) & ours <= {"data"}, path
