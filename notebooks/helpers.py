@@ -104,6 +104,25 @@ def shipped(name):
     return script, model.requires_grad_(False), cfg, tokenizer
 
 
+def plot_training(*names):
+    """Bound and samples against training steps, as `lab/by_steps.py` found them: three panels."""
+    runs = {row["name"]: row for row in stored("by_steps.jsonl")}
+    base = {row["name"]: row for row in of_kind(stored("compare.jsonl"), "baseline")}["real"]
+    _, panels = plt.subplots(1, 3, figsize=(10, 3))
+    for axes, key, title, real in zip(
+            panels, ("nats_per_doc", "valid_sentences", "entropy"),
+            ("bound, nats per story", "valid-sentence rate", "entropy of tokens, nats"),
+            (base["test"]["entropy_per_doc"], 1.0, base["ancestral"]["entropy"])):
+        for name in names:
+            points = [(p["step"] + runs[name]["parent_steps"], p[key])
+                      for p in runs[name]["points"] if p["step"]]
+            axes.plot(*zip(*points), marker="o", ms=3, color=COLORS[name], label=f"{name}.py")
+        entropy_line(axes, real, "entropy" if key == "nats_per_doc" else "real stories")
+        axes.set(xlabel="training steps", title=title)
+    panels[0].set(yscale="log")
+    panels[1].legend(fontsize=7)
+
+
 # ---- text and films ------------------------------------------------------------------------------
 def show(label, ids, tokenizer, lines=3, width=92):
     """Print ids as text, a block for each masked token, cut after so many lines."""

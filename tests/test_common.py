@@ -790,18 +790,22 @@ def test_two_micro_batches_of_four_are_one_batch_of_eight(name, rows, home, quic
 @each
 def test_two_processes_give_the_losses_of_one(name, home, fork, straight, tmp_path):
     """Both have to prepare the data at once: their cache is empty. One script is started by
-    torchrun itself."""
+    torchrun itself, a second time if gloo's own thread aborted, as it does now and then
+    (github.com/pytorch/gloo/issues/514)."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     argv = [*map(str, line(name, home, tmp_path / "run"))]
     env = dict(TEXT_DIFFUSION_CACHE=str(tmp_path / "cache"))
     if name == "mdlm":
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-             "--master-port", port, ROOT / "mdlm.py", *argv], text=True, capture_output=True,
-            env=dict(os.environ, OMP_NUM_THREADS="1", **env), timeout=600)
-        assert done.returncode == 0, done.stderr[-2000:]
+        for _ in range(2):
+            done = subprocess.run(
+                [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                 "--nproc-per-node", "2", ROOT / "mdlm.py", *argv], text=True,
+                capture_output=True, env=dict(os.environ, OMP_NUM_THREADS="1", **env), timeout=600)
+            if "SIGABRT" not in done.stderr:
+                break
+        assert done.returncode == 0, done.stderr
         said = done.stdout
     else:
         code, err = fork(name, argv, world=2, MASTER_ADDR="localhost", MASTER_PORT=port, **env)

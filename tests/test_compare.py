@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 import common
+import mdlm
 from common import UserError
 from data.units import tokens_of
-from lab import compare, film, methods
+from lab import by_steps, compare, film, methods
 from lab.compare_page import insert, page as page_of, tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -291,3 +292,20 @@ def test_the_pages_equal_the_committed_comparison():
     for row in runs:
         assert {"command", "config", "seed", "torch", "machine", "threads", "dtype"} <= row.keys()
         assert "data_dir" not in row["config"] and row["tokens"] == results[0]["tokens"]
+
+
+def test_samples_are_graded_at_every_evaluation_of_a_watched_script(monkeypatch):
+    """The step of each, the last one too; nothing for a parent; the script is put back."""
+    drawn = []
+    monkeypatch.setattr(by_steps, "sample", lambda script, model, cfg, n, g: (drawn.append(n), 1))
+    monkeypatch.setattr(by_steps, "measure", lambda x, cfg, tokenizer: dict(entropy=len(drawn)))
+    script = SimpleNamespace(evaluate=lambda model, data, cfg: dict(nats_per_doc=7.0, se=1.0),
+                             __name__="mdlm")
+    cfg, plain, points = mdlm.Config(steps=5, eval_every=2), script.evaluate, []
+    parent = SimpleNamespace(pipeline="arm")
+    with by_steps.watched(script, points, 3):
+        assert script.evaluate(None, None, parent) == dict(nats_per_doc=7.0, se=1.0)
+        for _ in range(4):
+            script.evaluate(None, SimpleNamespace(tokenizer=None), cfg)
+    assert [p["step"] for p in points] == [0, 2, 4, 5] and drawn == [3] * 4
+    assert points[1] == dict(step=2, nats_per_doc=7.0, entropy=2) and script.evaluate is plain
