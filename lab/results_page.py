@@ -6,6 +6,7 @@ Those of the comparison come from `python lab/compare.py table`.
 """
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -15,9 +16,9 @@ import common
 from lab.compare_page import SIGN, cell, insert, markdown
 
 RESULTS = ROOT / "results"
-RUNS = ("ar ar_10000 mdlm mdlm_10000 dit_embed dit_embed_10000 bit_diffusion bit_diffusion_10000 "
-        "bit_diffusion_head bit_diffusion_head_32 sdd sdd_10000 sdd_belief diffugpt_varlen "
-        "diffugpt_varlen_10000").split()
+RUNS = ("ar ar_10000 mdlm mdlm_long mdlm_10000 dit_embed dit_embed_10000 bit_diffusion "
+        "bit_diffusion_10000 bit_diffusion_head bit_diffusion_head_32 sdd sdd_10000 sdd_belief "
+        "diffugpt_varlen diffugpt_varlen_10000").split()
 TODAY = dict(  # commands of files from before the options had the names of today
     bit_diffusion_head="lab/bit_variants.py --head bit --out out/bit_head",
     bit_diffusion_head_32="lab/bit_variants.py --head bit --num-mixture 32 --out out/bit_head_32",
@@ -77,8 +78,10 @@ def runs():
         if "diffugpt" in name:
             steps = f"{made['config']['parent_steps']} + {steps}"
         command = TODAY.get(name) or made.get("command") or made["run"]["command"]
+        command = re.sub(r" --out[= ]out/(compare|long)/\S+", "", command)
+        old = "" if "max_docs" in made["config"] else " ‡"  # a name of today
         lines.append([
-            f"`python {command}`", steps,
+            f"`python {command}`{old}", steps,
             f"{sign} {last['nats_per_doc']:.1f} ± {last['se']:.1f}",
             f"{sign} {last['gap']:.1f} ± {last['gap_se']:.1f}",
             f"{sign} {last['nats_per_token']:.3f}",
