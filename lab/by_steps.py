@@ -71,6 +71,7 @@ def main(argv):
         cfg = compare.config(name, run)
         row = dict(name=name, seed=opt.seed, code=code_of(name), samples=opt.samples,
                    command=f"python {made['command']}",
+                   config={k: v for k, v in made["config"].items() if k != "data_dir"},
                    **{k: made[k] for k in ("torch", "machine", "threads", "dtype")},
                    parent_steps=getattr(cfg, "parent_steps", 0), points=points)
         kept = target.read_text("utf-8").splitlines() if target.exists() else []

@@ -12,7 +12,8 @@ from lab.results_page import log_of, of_kind
 
 ROOT = Path(__file__).parent.parent
 EVALS = sorted((ROOT / "results").glob("*_eval*.jsonl"))
-RUNS = sorted({*(ROOT / "results").glob("*.jsonl")} - {*EVALS, ROOT / "results/compare.jsonl"})
+RUNS = sorted({*(ROOT / "results").glob("*.jsonl")} - {
+    *EVALS, ROOT / "results/compare.jsonl", ROOT / "results/by_steps.jsonl"})
 PAGE = (ROOT / "results/README.md").read_text("utf-8")
 NAME = operator.attrgetter("stem")
 
