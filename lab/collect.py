@@ -3,7 +3,7 @@
     python lab/collect.py out/mdlm results/mdlm.jsonl
 
 The first line holds what made the numbers (command, config, seed, versions, hardware); then come
-the evaluations and samples, and one training row in 25.
+the evaluations with the tokens seen and samples, and one training row in 25.
 """
 import json
 import sys
@@ -19,6 +19,10 @@ def collect(out, target, every=25):
             if row["kind"] != "train" or row["step"] % every == 0]
     if not rows:
         raise common.UserError(f"no log of a run in {out}")
+    cfg = next(row for row in rows if row["kind"] == "config")["config"]
+    for row in rows:
+        if row["kind"] == "val":
+            row["tokens"] = row["step"] * cfg["batch_size"] * cfg["grad_accum"] * cfg["seq_len"]
     common.replace(Path(target), lambda file: file.writelines(
         (json.dumps(row) + "\n").encode() for row in rows))
     return len(rows)
