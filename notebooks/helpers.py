@@ -120,7 +120,11 @@ def plot_training(*names):
         entropy_line(axes, real, "entropy" if key == "nats_per_doc" else "real stories")
         axes.set(xlabel="training steps", title=title)
     panels[0].set(yscale="log")
-    panels[1].legend(fontsize=7)
+    low, high = panels[0].get_ylim()
+    panels[0].set_yticks(y := [y for y in (100, 150, 200, 300, 400) if low < y < high], y)
+    panels[0].minorticks_off()
+    panels[1].set(ylim=(-0.02, 1.05))
+    panels[0].legend(fontsize=7)
 
 
 # ---- text and films ------------------------------------------------------------------------------

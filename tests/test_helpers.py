@@ -78,6 +78,18 @@ def test_stored_rows_are_grouped():
     assert isinstance(helpers.stored("leak.json"), dict)
 
 
+def test_training_is_plotted_from_the_stored_rows():
+    plt.close("all")
+    helpers.plot_training("mdlm", "diffugpt_varlen")
+    rows = {row["name"]: row for row in helpers.stored("by_steps.jsonl")}
+    bound, valid, entropy = plt.gcf().axes
+    one, parent, line = (some.get_xydata() for some in bound.lines)
+    assert one.tolist() == [[p["step"], p["nats_per_doc"]] for p in rows["mdlm"]["points"][1:]]
+    assert parent[0, 0] == 200 + 500 and 85 < line[0, 1] < one[:, 1].min()
+    assert valid.lines[0].get_ydata()[-1] == rows["mdlm"]["points"][-1]["valid_sentences"]
+    assert entropy.lines[2].get_color() == helpers.ENTROPY
+
+
 @pytest.mark.parametrize("name", ["ar", "mdlm"])
 def test_a_trajectory_of_shipped_weights_ends_with_text(name):
     script, model, cfg, tokenizer = helpers.shipped(name)
