@@ -28,6 +28,8 @@ class NormFunction(torch.autograd.Function):
 
 
 class FastRMSNorm(nn.RMSNorm):
+    """nn.RMSNorm with NormFunction."""
+
     def forward(self, x):
         return NormFunction.apply(x, self.weight, self.eps or torch.finfo(x.dtype).eps)
 
@@ -57,7 +59,7 @@ def orthogonalize(G):
     become 0.66 to 1.32 (Newton-Schulz as in Jordan et al. 2024; each step's odd polynomial is the
     closest to 1 on the interval the one before leaves, as in Amsel et al. 2025)."""
     X = G / G.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    if X.dtype == torch.float32:  # the factors P (N, m, m) first is cheaper, and less exact
+    if X.dtype == torch.float32:  # cheaper: all factors P (N, m, m) first; bfloat16 is too coarse
         for i, (a, b, c) in enumerate(NEWTON_SCHULZ):
             A = P @ A @ P if i else X @ X.mT
             P = torch.baddbmm(A, A, A, beta=b, alpha=c)

@@ -5,7 +5,7 @@ Method: the state [(0.6, cat), (0.3, dog), (0.1, pet)] of A. Holmes' "Sparse Dis
 candidates are the top k of an exact posterior. lab/sdd_variants.py has the original, notebook 05
 says why it cannot generate: only in training is the answer among the candidates.
 
-    python sdd.py               6 to 9 minutes, 2 CPU cores: val <= 1.55 nats/token (entropy 0.91)
+    python sdd.py               9 minutes, 2 CPU cores: val <= 1.55 nats/token (entropy 0.91)
     python sdd.py sample --prompt "Once upon a time" --num-samples 3 --trace
     python sdd.py sample --infill "Once upon a ___ there was ___"
     python sdd.py eval          the bound on the test split, samples

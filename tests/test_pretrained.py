@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import common
-import fast
 import diffugpt_varlen as script
+import fast
 from common import UserError
 from data.prepare import char_tokenizer, load_data
 from harness import small_text
