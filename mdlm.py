@@ -22,11 +22,11 @@ Equations. M is the mask, gamma(t) = 1 - alpha(t) the noise schedule: the mask r
 Shapes: B rows, T tokens, V vocabulary, C width, H heads, D = C / H. Units: nats. Every position of
 a row is scored, also the EOS that fill it up: the model is not told the length. g draws all noise.
 
-Differs from the paper: training draws a number n of masks, P(n) ~ n, where (E4) has n uniform, so
-the training loss is no bound (nelbo is); no schedule, no cut-off epsilon. Sampling unmasks fixed
-counts, the most confident first, and draws the length of a document before. Differs from ar.py,
-which lists what differs from GPT-2: attention and convolutions look to both sides, and masks need
-learned positions.
+Differs from the paper: training draws a number n of masks, in runs of less than 4000 steps with
+P(n) ~ n, and then the training loss is no bound (nelbo is); no schedule, no cut-off epsilon.
+Sampling unmasks fixed counts, the most confident first, and draws the length of a document before.
+Differs from ar.py, which lists what differs from GPT-2: attention and convolutions look to both
+sides, and masks need learned positions.
 """
 import copy
 import math
@@ -236,11 +236,11 @@ def mask_tokens(x0, n, cfg, g, is_given=None):
 def corrupt(x0, cfg, g):
     """The forward process: xt and each token's weight in the loss, both (B, T). Under (E1) n masks
     have probability Binomial(n; T, gamma), whose integral over d gamma / gamma, the weight of (E3),
-    is 1/n: (E4), each c_i weighs 1/n. With n uniform that estimates NELBO / T. Training draws more
-    masks, P(n) = (2n - 1) / T^2, which learns faster (see LOG.md): no bound."""
+    is 1/n: (E4), each c_i weighs 1/n. With n uniform that estimates NELBO / T. Short runs draw more
+    masks, P(n) = (2n - 1) / T^2, no bound: better at first, worse in long runs (see LOG.md)."""
     B, T = x0.shape
     u = (torch.arange(B) / B + torch.rand(1, generator=g)) % 1  # low-discrepancy: one offset
-    n = 1 + (u.sqrt() * T).floor().long().clamp(max=T - 1)  # (B,), 1..T; u for u.sqrt(): (E4)
+    n = 1 + ((u.sqrt() if cfg.steps < 4000 else u) * T).floor().long().clamp(max=T - 1)  # 1..T
     xt = mask_tokens(x0, n, cfg, g)
     return xt, (xt != x0) / (n[:, None] * B).to(x0.device)  # 1/n, mean of rows
 
@@ -255,8 +255,8 @@ def masked_ce(model, x0, xt):
 
 
 def loss_fn(model, x0, xt, weight):
-    """Mean over the rows of the mean c_i of their masked tokens, EOS tail included, in nats. No
-    bound. A sum, so that the losses of micro-batches add up."""
+    """Mean over the rows of the mean c_i of their masked tokens, EOS tail included, in nats (NELBO
+    / T for uniform n). A sum, so that the losses of micro-batches add up."""
     return (weight * masked_ce(model, x0, xt)).sum()
 
 

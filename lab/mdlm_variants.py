@@ -22,8 +22,8 @@ import mdlm
 
 @dataclass
 class Config(mdlm.Config):
-    schedule: str = "power0.5"  # of training: power0.5 (mdlm.py), linear (the bound), powerK,
-    # cosine, log-linear, mdlm-loglinear, maskgit
+    schedule: str = "power0.5"  # of training: power0.5 (mdlm.py below 4000 steps), linear (the
+    # bound; mdlm.py from there on), powerK, cosine, log-linear, mdlm-loglinear, maskgit
     loss: Literal["mean_per_sequence", "mean_per_batch", "nelbo"] = "mean_per_sequence"
     t_sampler: Literal["iid", "stratified", "low_discrepancy", "antithetic"] = "low_discrepancy"
     exact_count: bool = True  # mask exactly n tokens, or each with probability gamma (E1)

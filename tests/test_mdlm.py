@@ -102,19 +102,23 @@ def test_mask_tokens_masks_exactly_n_positions_all_subsets_alike():
     assert torch.equal(is_mask.sum(1), torch.minimum(n, (~is_given).sum(1)))
 
 
-def test_uniform_n_is_the_textbook_forward_process_and_training_draws_n_in_proportion_to_n():
-    """corrupt draws each set of n masks with probability (2 n - 1) / T^2 / C(T, n) and the weight
-    1 / n. (E4) With 1 / (T C(T, n)) the expected loss over all of them is (E3), the integral over t
-    of gamma' / gamma times the cost under (E1), for every row and schedule."""
+def test_uniform_n_is_the_textbook_forward_process_and_short_runs_draw_n_in_proportion_to_n():
+    """corrupt draws each set of n masks with probability (2 n - 1) / T^2 / C(T, n) in short runs,
+    1 / T / C(T, n) in long ones, and the weight 1 / n. (E4) With the latter the expected loss over
+    all of them is (E3), the integral over t of gamma' / gamma times the cost under (E1), for every
+    row and schedule."""
     T, B, model, rows = 4, 24_000, MaskTable(T=4, seed=1), all_rows(3, 4)
-    xt, weight = mdlm.corrupt(torch.ones(B, T, dtype=torch.long), config(), generator(1))
-    is_mask, patterns = xt == 3, all_rows(2, T).bool()
+    patterns = all_rows(2, T).bool()
     n = patterns.sum(1).double()
     p = torch.tensor([0.0] + [1 / (T * math.comb(T, k)) for k in patterns.sum(1)[1:].tolist()])
-    assert chi_square(row_counts(is_mask.long(), 2), p * (2 * n - 1).clamp(min=0) / T) > 1e-3
-    want = torch.tensor([0] + [B * (2 * k - 1) / T ** 2 for k in range(1, T + 1)])
-    assert (is_mask.sum(1).bincount() - want).abs().max() <= 1
-    assert torch.allclose(B * weight, is_mask / is_mask.sum(1, keepdim=True))
+    for steps, times in (3999, (2 * n - 1).clamp(min=0) / T), (4000, torch.ones(2 ** T)):
+        xt, weight = mdlm.corrupt(torch.ones(B, T, dtype=torch.long), config(steps=steps),
+                                  generator(1))
+        is_mask = xt == 3
+        assert chi_square(row_counts(is_mask.long(), 2), p * times) > 1e-3
+        want = torch.zeros(T + 1).double().index_add(0, n.long(), (B * p * times).double())
+        assert (is_mask.sum(1).bincount() - want).abs().max() <= 1
+        assert torch.allclose(B * weight, is_mask / is_mask.sum(1, keepdim=True))
     with torch.no_grad():
         loss = torch.stack([sum(p[k] * mdlm.loss_fn(model, x0, x0.masked_fill(m, 3), m / n[k])
                                 for k, m in enumerate(patterns) if k) for x0 in rows[:, None]])
@@ -123,11 +127,13 @@ def test_uniform_n_is_the_textbook_forward_process_and_training_draws_n_in_propo
         assert torch.allclose(loss.double(), textbook, atol=1e-5)
 
 
-def test_lab_corrupts_as_mdlm_does_by_default():
+@pytest.mark.parametrize("steps, schedule", [(1600, "power0.5"), (10000, "linear")])
+def test_lab_corrupts_as_mdlm_does(steps, schedule):
     """The same masks and weights from the same generator state."""
     x0 = torch.randint(3, (50, 9), generator=generator(1))
-    for a, b in zip(mdlm.corrupt(x0, config(), generator(2)),
-                    mdlm_variants.corrupt(x0, config(), generator(2))):
+    cfg = config(steps=steps, schedule=schedule)
+    for a, b in zip(mdlm.corrupt(x0, cfg, generator(2)),
+                    mdlm_variants.corrupt(x0, cfg, generator(2))):
         assert torch.allclose(a.float(), b.float(), rtol=1e-4)
 
 
