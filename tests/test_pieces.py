@@ -538,6 +538,7 @@ class Settings:
     length_mode: str = "truncate"
     sampler: str = "token"
     length_first: bool = True
+    steps: int = 1600
 
 
 @ALL
