@@ -3,6 +3,7 @@ import ast
 import builtins
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -190,6 +191,18 @@ def test_a_notebook_has_short_cells_and_no_shell(path):
         source = "".join(cell["source"])
         assert sum(bool(line.strip()) for line in source.splitlines()) <= 15, source
         assert not re.search(r"^\s*[%!]", source, re.M), source
+
+
+def test_the_first_cell_of_a_notebook_finds_the_repository(tmp_path):
+    """Started in the repository, in notebooks/, or anywhere, if Jupyter names the notebook."""
+    first, = {"".join(cells(path, "code")[0]["source"]) for path in NOTEBOOKS}  # all the same
+    own = {k: v for k, v in os.environ.items() if k not in ("JPY_SESSION_NAME", "PYTHONPATH")}
+    places = [(ROOT, {}), (ROOT / "notebooks", {}), (tmp_path, {}),
+              (tmp_path, dict(JPY_SESSION_NAME=str(NOTEBOOKS[0])))]
+    found = [subprocess.run([sys.executable, "-c", first + "\nprint(ROOT)"], cwd=place, text=True,
+                            capture_output=True, env=own | more) for place, more in places]
+    assert [done.stdout.strip() for done in found] == [str(ROOT), str(ROOT), "", str(ROOT)]
+    assert "The repository is not here: start Jupyter inside it" in found[2].stderr
 
 
 # ---- hygiene -------------------------------------------------------------------------------------
