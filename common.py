@@ -1,7 +1,4 @@
-"""Plumbing that all scripts share: command line, device, run folder, checkpoints, printed samples.
-
-Nothing in here belongs to a method: forward process, loss, sampler and training are in the scripts.
-"""
+"""What all scripts share and no method needs: command line, run folder, checkpoints, samples."""
 import contextlib
 import dataclasses
 import io
@@ -27,10 +24,11 @@ from data.files import UserError, read_log, replace, run_main, show_help  # noqa
 from data.prepare import Tokenizer, refuse_unknown
 from data.tales import grade
 from data.units import entropy_of, report, tokens_of
+from fast import machine, pick_device, pick_dtype
 
 ROOT = Path(__file__).resolve().parent
 for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(name, "256")  # a CPU with bfloat16 keeps 1024 kernels, one a shape: 4 GB
+    os.environ.setdefault(name, "256")  # else oneDNN keeps 1024 kernels for bfloat16: 4 GB
 CHECKPOINT_KEYS = ("preset", "vocab_size", "seq_len", "rows", "n_layer", "n_head", "n_embd")
 
 
@@ -49,9 +47,8 @@ def parse(Config, presets, argv):
         default = load_config(Config, flags.get("--out", Config.out),
                               reads_data=command != "sample" and "--data" not in flags,
                               resume=command == "train")
-    heard = io.StringIO()
     try:
-        with contextlib.redirect_stderr(heard):
+        with contextlib.redirect_stderr(io.StringIO()) as heard:
             cfg = tyro.cli(Config, args=argv, default=default,
                            description=sys.modules[Config.__module__].__doc__)
     except SystemExit as stop:
@@ -78,39 +75,9 @@ def check(cfg, stored):
     if cfg.n_embd % (2 * max(1, cfg.n_head)):
         bad.append(f"--n-embd {cfg.n_embd} must be a multiple of 2 x n_head = {2 * cfg.n_head}")
     if cfg.top_p > 1 or cfg.ema >= 1:
-        bad.append(f"--top-p {cfg.top_p} must be at most 1, --ema {cfg.ema} less than 1")
+        bad.append(f"--top-p ({cfg.top_p}) must be at most 1 and --ema ({cfg.ema}) less than 1")
     if bad:
         raise UserError("; ".join(bad))
-
-
-# ---- device ------------------------------------------------------------------------------------
-def pick_device(name):
-    """auto: cuda, mps or cpu, the first that is there."""
-    if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-    index = f":{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else ""
-    try:
-        return torch.zeros(1, device=name + index).device
-    except (RuntimeError, AssertionError):
-        raise UserError(f"there is no {name} device here: choose --device cpu or auto") from None
-
-
-def pick_dtype(name, device):
-    """auto: bfloat16 where the hardware multiplies it, else float32."""
-    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    fast = (cpu.get("avx512_bf16") or cpu.get("amx_bf16") or cpu.get("amx_tile") or
-            device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
-    return name if name != "auto" else "bfloat16" if fast else "float32"
-
-
-def machine(device):
-    """The name of the GPU or CPU, for the log."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError, TypeError):
-        return re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    return sys.platform
 
 
 # ---- run folder and checkpoints ----------------------------------------------------------------
@@ -138,8 +105,8 @@ class Run:
                 self.exits.enter_context(lock)
             except Timeout:
                 raise UserError(f"another process uses {self.out}: choose another --out") from None
-            mine = not self.out.exists() or (self.out / "log.jsonl").exists()
-            if not mine and any(self.out.iterdir()):
+            is_run = not self.out.exists() or (self.out / "log.jsonl").exists()
+            if not is_run and any(self.out.iterdir()):
                 raise UserError(f"{self.out} holds other things than a run: choose another --out")
         return self
 
@@ -161,10 +128,9 @@ class Run:
             replace(self.out / "log.jsonl", lambda file: file.writelines(
                 (json.dumps(row) + "\n").encode() for row in rows))
         elif (self.out / "log.jsonl").exists():
-            old = next(path for k in itertools.count(1)
-                       if not (path := Path(f"{self.out}.{k}")).exists())
-            self.out.rename(old)
-            self.say(f"{self.out} held an older run, which is in {old} now")
+            k = next(k for k in itertools.count(1) if not Path(f"{self.out}.{k}").exists())
+            self.out.rename(f"{self.out}.{k}")
+            self.say(f"{self.out} held an older run, which is in {self.out}.{k} now")
         self.out.mkdir(exist_ok=True)
         try:
             if "tensorboard" in self.cfg.log:
@@ -214,7 +180,7 @@ class Run:
             tqdm.write(re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f]", "?", text), file=sys.stdout)
 
     def log(self, kind, step, **row):
-        """Append a row to log.jsonl."""
+        """Append a row to log.jsonl and send its floats to --log."""
         if self.rank == 0:
             row = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
             with open(self.out / "log.jsonl", "a") as file:
@@ -223,14 +189,15 @@ class Run:
             for write, (key, value) in itertools.product(self.writers, values.items()):
                 write(key, value, step)
 
-    def log_step(self, step, tokens, loss, **row):
-        """Log an optimizer step of so many tokens; seconds are those of training alone."""
+    def log_step(self, step, batch_tokens, loss, **row):
+        """Log an optimizer step and all tokens until it; seconds are those of training alone."""
         took, self.clock = time.time() - self.clock, time.time()
         self.seconds += took
-        self.log("train", step, tokens=step * tokens, loss=loss, **row, tok_s=tokens / took,
+        speed = batch_tokens / took
+        self.log("train", step, tokens=step * batch_tokens, loss=loss, **row, tok_s=speed,
                  seconds=self.seconds)
         if self.rank == 0:
-            text = f"loss {loss:.3f}, {tokens / took:,.0f} tokens/s"
+            text = f"loss {loss:.3f}, {speed:,.0f} tokens/s"
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
             if self.bar.disable and self.seconds // 60 > (self.seconds - took) // 60:
@@ -261,7 +228,7 @@ class Run:
     def resume(self, tokenizer, model, ema, optimizers, g):
         """Put back what save() wrote; returns the step."""
         with usable(self.out / "state.pt") as path:
-            state = torch.load(path, map_location="cpu", weights_only=True)  # AdamW counts there
+            state = torch.load(path, map_location="cpu", weights_only=True)  # AdamW steps there
             if state["tokenizer"] != tokenizer.fingerprint:
                 raise ValueError(f"another tokenizer than the {tokenizer.name} of these data")
             for part, stored in zip((model, ema, *optimizers), state["parts"]):
@@ -272,7 +239,7 @@ class Run:
 
 @contextlib.contextmanager
 def usable(path):
-    """Whatever goes wrong with a part of a checkpoint inside is a UserError that names it."""
+    """Turn every error inside the block into a UserError that names the file `path`."""
     try:
         yield path
     except Exception as error:  # torch and safetensors have many ways to say it
@@ -281,8 +248,8 @@ def usable(path):
 
 
 def checkpoint_of(out):
-    """The weights in the run folder `out`. Those that the repository ships are called weights/NAME,
-    and out/NAME as long as there is no such folder."""
+    """The weights in the run folder `out`; those that the repository ships for weights/NAME and, as
+    long as there is no such folder, for out/NAME."""
     out, shipped = Path(out), ROOT / "weights" / f"{Path(out).name}.safetensors"
     untrained = out.parent == Path("out") and not out.exists()
     asked = out.parent in (Path("weights"), shipped.parent)
@@ -290,8 +257,8 @@ def checkpoint_of(out):
 
 
 def load_config(Config, out, reads_data=False, resume=False):
-    """The Config of the checkpoint in the folder `out`. A stranger's must not choose what is read:
-    with reads_data its data have to be known here."""
+    """The Config of the checkpoint in the folder `out`. With reads_data its data must have been
+    prepared here before: a downloaded checkpoint must not choose what is read."""
     path = Path(out) / "model.safetensors" if resume else checkpoint_of(out)
     with usable(path), safe_open(path, "pt") as file:
         cfg = Config(**{**json.loads(file.metadata()["config"]), "out": str(out)})
@@ -321,8 +288,8 @@ def load_model(Model, cfg, device, data=None):
 
 # ---- samples -----------------------------------------------------------------------------------
 def encode_canvas(tokenizer, cfg, n):
-    """--prompt and --infill -> n rows (n, T) with the mask id V where tokens are wanted: behind the
-    prompt, or at each ___ of --infill (___5: five tokens), of which the last may be the rest."""
+    """--prompt or --infill -> rows (n, T) with mask ids V where tokens are wanted: behind a prompt
+    or at each ___ (___5: five tokens); a ___ at the end reaches to the end of the row."""
     infill, M = getattr(cfg, "infill", ""), cfg.vocab_size
     ids = tokenizer.encode_infill(infill, M) if infill else tokenizer.encode(cfg.prompt)
     if infill and (cfg.prompt or M not in ids):
@@ -337,14 +304,14 @@ def encode_canvas(tokenizer, cfg, n):
 
 def show_samples(run, sample, model, tokenizer, cfg, step=None):
     """Draw and print the samples that cfg asks for, with --trace also the trajectory of the first.
-    At the end of training (`step`): draw 64, log what they are worth on tales, print two."""
+    At the end of training (`step`): draw 64, log their grades on tales, print two."""
     frames, g, start = [], torch.Generator().manual_seed(cfg.seed), time.time()
     canvas = encode_canvas(tokenizer, cfg, cfg.num_samples if step is None else 64).to(run.device)
     with run.amp:
         x, nfe = sample(model, canvas, cfg, g,
                         on_step=lambda nfe, x: frames.append((nfe, x[0].tolist())))
     for k in sorted({round(k * (len(frames) - 1) / 5) for k in range(6)} if cfg.trace else []):
-        text = " ".join(tokenizer.decode_masked(frames[k][1]).split())  # a block for a mask
+        text = " ".join(tokenizer.decode_masked(frames[k][1]).split())  # masks print as blocks
         run.say(f"{frames[k][0]:5}  {text[:92]}{' ...' if len(text) > 92 else ''}")
     rows = tokens_of(x, cfg)
     texts = [tokenizer.decode(ids) for ids in rows]
@@ -356,7 +323,7 @@ def show_samples(run, sample, model, tokenizer, cfg, step=None):
             ", ".join(f"{k} {v:.3g}" for k, v in about.items()))
     if step is not None:
         run.log("samples", step, **about)
-    if run.out.exists():  # not with weights/
+    if run.out.exists():  # not if the weights are the shipped ones
         replace(run.out / "samples.txt",
                 lambda file: file.write(("\n<|endoftext|>\n".join(texts) + "\n").encode()))
 

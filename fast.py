@@ -1,12 +1,46 @@
-"""What makes training fast and leaves its result as it is: compiled blocks or a faster RMSNorm, and
-the optimizer of the matrices, Muon."""
+"""Device and number format; compiled blocks or a faster RMSNorm, which compute the same in less
+time; Muon, the optimizer of the matrices."""
+import contextlib
+import os
+import re
 import shutil
+import sys
 import warnings
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-import common
+from data.files import UserError
+
+
+def pick_device(name):
+    """auto: cuda, mps or cpu, the first that is there."""
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    index = f":{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else ""
+    try:
+        return torch.zeros(1, device=name + index).device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"there is no {name} device here: choose --device cpu or auto") from None
+
+
+def pick_dtype(name, device):
+    """auto: bfloat16 where the hardware multiplies it, else float32."""
+    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    is_fast = (cpu.get("avx512_bf16") or cpu.get("amx_bf16") or cpu.get("amx_tile") or
+               device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    return name if name != "auto" else "bfloat16" if is_fast else "float32"
+
+
+def machine(device):
+    """The name of the GPU or CPU, for the log."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, TypeError):
+        return re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    return sys.platform
 
 
 class NormFunction(torch.autograd.Function):
@@ -35,12 +69,11 @@ class FastRMSNorm(nn.RMSNorm):
 
 
 def speed_up(model, cfg, device):
-    """Compute the same in less time: torch.compile for --compile yes, and for auto if there is a
-    C++ compiler and the run is long, since it takes a minute; of the blocks only, as the head's
-    input has another length at every step. On CPUs, else, a faster RMSNorm."""
+    """Compile the blocks for --compile yes and, with a C++ compiler, for auto in long runs; not the
+    head, whose input has another length at every step. Else, on CPUs, use a faster RMSNorm."""
     able = device.type != "mps" and any(map(shutil.which, ("g++", "clang++", "cl")))
     if cfg.compile == "yes" or cfg.compile == "auto" and able and cfg.steps >= 5000:
-        torch._dynamo.config.suppress_errors = cfg.compile == "auto"  # what fails runs as it is
+        torch._dynamo.config.suppress_errors = cfg.compile == "auto"  # what fails runs uncompiled
         warnings.filterwarnings("ignore", ".*code generation for complex operators")  # rotate()
         for block in model.blocks:
             block.compile()
@@ -73,8 +106,8 @@ def orthogonalize(G):
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon for networks like these: matrices of one shape are orthogonalised together,
-    in `dtype`; auto (as in --dtype) is bfloat16 where the hardware multiplies it, else float32."""
+    """Muon (Jordan et al. 2024) as torch.optim.Muon: momentum, then an orthogonalised update; the
+    matrices of one shape together, in `dtype` (as --dtype)."""
 
     def __init__(self, params, lr, dtype="auto", momentum=0.95, weight_decay=0.05):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -91,12 +124,13 @@ class Muon(torch.optim.Optimizer):
                 for p in several:
                     if not self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
-                grads, old = [p.grad for p in several], [self.state[p]["momentum"] for p in several]
-                torch._foreach_lerp_(old, grads, 1 - group["momentum"])
-                G = torch._foreach_lerp(grads, old, group["momentum"])  # Nesterov's
-                dtype = getattr(torch, common.pick_dtype(self.dtype, several[0].device))
+                grads = [p.grad for p in several]
+                momentum = [self.state[p]["momentum"] for p in several]
+                torch._foreach_lerp_(momentum, grads, 1 - group["momentum"])
+                G = torch._foreach_lerp(grads, momentum, group["momentum"])  # Nesterov's
+                dtype = getattr(torch, pick_dtype(self.dtype, several[0].device))
                 X = torch.stack([g.mT if g.shape[0] > g.shape[1] else g for g in G]).to(dtype)
-                n = 4 if X.device.type == "cpu" else len(X)  # few, so that they stay in its cache
+                n = 4 if X.device.type == "cpu" else len(X)  # few fit into its cache
                 X = torch.cat([orthogonalize(x) for x in X.split(n)]).to(several[0].dtype)
                 torch._foreach_mul_(several, 1 - group["lr"] * group["weight_decay"])
                 rate = 0.2 * max(several[0].shape) ** 0.5  # an RMS like that of AdamW's updates

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `python lab/adaptation.py`
 import common
+import fast
 import diffugpt_varlen as script
 from data.prepare import load_data
 from data.units import se
@@ -145,7 +146,7 @@ def main(argv):
                 parent_steps=PARENT, entropy=true_nll.mean().item(), torch=torch.__version__,
                 config={k: v for k, v in dataclasses.asdict(cfg).items()
                         if k not in ("steps", "parent_steps", "eval_every")},
-                machine=common.machine(torch.device("cpu")), threads=torch.get_num_threads(),
+                machine=fast.machine(torch.device("cpu")), threads=torch.get_num_threads(),
                 rows=rows)
     TARGET.write_text(json.dumps(made) + "\n")
     draw(made)

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `python lab/candidates.py`
 import ar
 import common
+import fast
 import mdlm
 import sdd
 from data.prepare import load_data
@@ -127,7 +128,7 @@ def main(argv):
                 entropy=true_nll.mean().item(), config={
                     k: v for k, v in dataclasses.asdict(cfg).items()
                     if k not in ("steps", "eval_every", "device")},
-                torch=torch.__version__, machine=common.machine(torch.device("cpu")),
+                torch=torch.__version__, machine=fast.machine(torch.device("cpu")),
                 threads=torch.get_num_threads(), rows=rows)
     TARGET.write_text(json.dumps(made) + "\n")
     draw(made)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `python lab/codes.py`
 import bit_diffusion
 import common
+import fast
 from data.prepare import load_data
 from data.units import se
 from lab import bit_variants
@@ -63,7 +64,7 @@ def main(argv):
         raise common.UserError(f"unknown arguments {' '.join(argv)}: give none")
     rows = [run(head, code, seed) for seed in SEEDS for head in HEADS for code in CODES]
     made = dict(command="python lab/codes.py", **SMALL, seed=SEEDS[0], seeds=SEEDS,
-                torch=torch.__version__, machine=common.machine(torch.device("cpu")),
+                torch=torch.__version__, machine=fast.machine(torch.device("cpu")),
                 threads=torch.get_num_threads(), rows=rows)
     TARGET.write_text(json.dumps(made) + "\n")
     draw(rows)

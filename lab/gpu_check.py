@@ -132,10 +132,10 @@ def five_minutes(opt):
 
 def main(argv):
     opt = tyro.cli(Options, args=argv, description=__doc__)
-    device = common.pick_device(opt.device)
-    peak = next((v for k, v in PEAK.items() if k in common.machine(device)), None)
+    device = fast.pick_device(opt.device)
+    peak = next((v for k, v in PEAK.items() if k in fast.machine(device)), None)
     made = dict(command="python lab/gpu_check.py " + " ".join(argv), seed=0,
-                torch=torch.__version__, machine=common.machine(device))
+                torch=torch.__version__, machine=fast.machine(device))
     for name in IDEAS:
         script = script_of(name)
         cfg = script.Config(batch_size=4, **(dict(init_from="scratch") if script is diffugpt_varlen

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `python lab/heads.py`
 import common
+import fast
 import dit_embed
 from data.prepare import load_data
 from data.units import se
@@ -70,7 +71,7 @@ def main(argv):
         raise common.UserError(f"unknown arguments {' '.join(argv)}: give none, or draw")
     if not argv:
         made = dict(command="python lab/heads.py", steps=STEPS, seed=dit_embed.Config.seed,
-                    torch=torch.__version__, machine=common.machine(torch.device("cpu")),
+                    torch=torch.__version__, machine=fast.machine(torch.device("cpu")),
                     threads=torch.get_num_threads(), rows=[run(*pair) for pair in RUNS.items()])
         TARGET.write_text(json.dumps(made) + "\n")
     rows = json.loads(TARGET.read_text())["rows"]

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `python lab/leak.py`
 import common
+import fast
 import sdd
 from data.prepare import load_data
 from data.units import tokens_of
@@ -130,7 +131,7 @@ def main(argv):
     rows = [run(name, changed, data, judge) for name, changed in CASES.items()]
     x0 = sdd.get_eval_rows(data.val, cfg, N)[0]
     made = dict(command="python lab/leak.py", **BUDGET, num_samples=N, torch=torch.__version__,
-                machine=common.machine(torch.device("cpu")), threads=torch.get_num_threads(),
+                machine=fast.machine(torch.device("cpu")), threads=torch.get_num_threads(),
                 real=measure(x0, cfg, data.tokenizer, judge), rows=rows)
     TARGET.write_text(json.dumps(made) + "\n")
     draw(made)

@@ -18,6 +18,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python lab/mdlm_eval.py`
 import common
+import fast
 import mdlm
 from data.prepare import load_data
 from data.units import report, se
@@ -97,7 +98,7 @@ def evaluate_all(run, model, tokenizer, data, cfg, opt):
     log.append(dict(kind="config", command=" ".join(sys.argv), seed=cfg.seed,
                     config=dataclasses.asdict(cfg), options=dataclasses.asdict(opt),
                     torch=torch.__version__, dtype=run.dtype,
-                    machine=common.machine(run.device), threads=torch.get_num_threads()))
+                    machine=fast.machine(run.device), threads=torch.get_num_threads()))
     g = torch.Generator().manual_seed(cfg.seed)
     # 1. without a model, nats per token
     say("baseline", uniform=math.log(cfg.vocab_size), unigram_entropy=data.unigram_entropy)

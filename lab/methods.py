@@ -18,6 +18,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `python lab/methods.py`
 import common
+import fast
 from data.units import report, tokens_of
 
 IDEAS = {  # in the order of the tables
@@ -61,7 +62,7 @@ def load(name, out):
     script = script_of(name)
     cfg = common.load_config(script.Config, out, reads_data=True)
     data = script.load_data(cfg)
-    model = common.load_model(script.Model, cfg, common.pick_device(cfg.device), data)[0]
+    model = common.load_model(script.Model, cfg, fast.pick_device(cfg.device), data)[0]
     return script, model.requires_grad_(False), cfg, data
 
 
@@ -83,7 +84,7 @@ def amp(model, cfg):
     """The autocast context of a run."""
     device = device_of(model)
     return torch.autocast(device.type, torch.bfloat16,
-                          common.pick_dtype(cfg.dtype, device) == "bfloat16")
+                          fast.pick_dtype(cfg.dtype, device) == "bfloat16")
 
 
 def loss(script, model, cfg, x0, g):

@@ -19,6 +19,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python lab/noise_eval.py`
 import bit_diffusion
 import common
+import fast
 import dit_embed
 import sdd
 from data.prepare import load_data
@@ -78,7 +79,7 @@ def evaluate_all(run, model, tokenizer, data, cfg, opt):
     log.append(dict(kind="config", command=" ".join(sys.argv), seed=cfg.seed,
                     config=dataclasses.asdict(cfg), options=dataclasses.asdict(opt),
                     torch=torch.__version__, dtype=run.dtype,
-                    machine=common.machine(run.device), threads=torch.get_num_threads()))
+                    machine=fast.machine(run.device), threads=torch.get_num_threads()))
     g, likely = torch.Generator().manual_seed(cfg.seed), getattr(cfg, "process", "") != "original"
     x0 = script.get_eval_rows(data.test, cfg, 4 * n)[0].to(run.device)
     say("baseline", uniform=math.log(cfg.vocab_size), unigram_entropy=data.unigram_entropy)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `python lab/scaling.py`
 import ar
 import common
+import fast
 import mdlm
 from data.prepare import load_data
 from lab.methods import ENTROPY
@@ -74,7 +75,7 @@ def main(argv):
     rows = [run(script, width, steps) for steps in STEPS for width in WIDTHS
             for script in (ar, mdlm)]
     made = dict(command="python lab/scaling.py", seed=rows[0]["seed"],
-                torch=torch.__version__, machine=common.machine(torch.device("cpu")),
+                torch=torch.__version__, machine=fast.machine(torch.device("cpu")),
                 threads=torch.get_num_threads(), rows=rows)
     TARGET.write_text(json.dumps(made) + "\n")
     draw(rows)

@@ -39,7 +39,7 @@ from lab.methods import IDEAS, ancestral, default_sampler, device_of, script_of
 
 TARGET = ROOT / "results/speed.json"
 SCRIPTS = {name: script_of(name) for name in IDEAS}
-AUTO = common.pick_dtype("auto", torch.device("cpu"))
+AUTO = fast.pick_dtype("auto", torch.device("cpu"))
 AMP = torch.autocast("cpu", torch.bfloat16, enabled=AUTO == "bfloat16")
 ONE = "ancestral"  # temperature 1, one token a step
 PLAIN = dict(order="random", num_steps=160, temperature=1.0, remask="none", length_first=False)
@@ -365,7 +365,7 @@ def main(argv):
     if not set(argv) <= set(PARTS):
         raise common.UserError(f"parts are {', '.join(PARTS)}, not {' '.join(argv)}")
     about = dict(command=" ".join(["python lab/speed.py", *argv]), seed=0, torch=torch.__version__,
-                 machine=common.machine(torch.device("cpu")), threads=torch.get_num_threads(),
+                 machine=fast.machine(torch.device("cpu")), threads=torch.get_num_threads(),
                  bfloat16=AUTO == "bfloat16")
     out = json.loads(TARGET.read_text()) if argv else about
     for name, part in PARTS.items():

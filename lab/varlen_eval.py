@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python lab/varlen_eval.py`
 import common
+import fast
 import diffugpt_varlen as script
 from data.prepare import load_data
 from data.units import report, se, tokens_of
@@ -184,7 +185,7 @@ def evaluate_all(run, model, tokenizer, data, cfg, opt):
     log.append(dict(kind="config", command=" ".join(sys.argv), seed=cfg.seed,
                     config=dataclasses.asdict(cfg), options=dataclasses.asdict(opt),
                     torch=torch.__version__, dtype=run.dtype,
-                    machine=common.machine(run.device), threads=torch.get_num_threads()))
+                    machine=fast.machine(run.device), threads=torch.get_num_threads()))
     # 1. the bound
     row = script.evaluate(model, data, cfg, "test", opt.rows)
     log.append(dict(kind="test", **row))

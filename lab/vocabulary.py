@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `python lab/vocabulary.py`
 import bit_diffusion
 import common
+import fast
 import mdlm
 from lab import bit_variants
 
@@ -82,7 +83,7 @@ def main(argv):
         case["share_of_memory"] = case["mib"] / cases["mdlm.py"]["mib"]
     made = dict(command="python lab/vocabulary.py", vocab_size=50257, rows=16, seq_len=160,
                 seed=0, turns=TURNS, steps=STEPS, torch=torch.__version__,
-                machine=common.machine(torch.device("cpu")), threads=torch.get_num_threads(),
+                machine=fast.machine(torch.device("cpu")), threads=torch.get_num_threads(),
                 cases=cases)
     TARGET.write_text(json.dumps(made, indent=1) + "\n")
     for name, case in cases.items():

@@ -892,11 +892,11 @@ def test_a_device_is_found_and_every_process_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda n, device: (asked.append(device), zeros(n))[1])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    common.pick_device("auto"), common.pick_device("cpu")
+    fast.pick_device("auto"), fast.pick_device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    common.pick_device("auto")
+    fast.pick_device("auto")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    common.pick_device("auto")
+    fast.pick_device("auto")
     assert asked == ["mps", "cpu", "cuda:0", "cuda:1"]
 
 

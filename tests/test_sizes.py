@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BUDGETS = dict(common=373, fast=104, ar=383, mdlm=471, dit_embed=568, bit_diffusion=563, sdd=589,
-               diffugpt_varlen=637)  # lines
+BUDGETS = dict(common=340, fast=138, ar=375, mdlm=461, dit_embed=563, bit_diffusion=558, sdd=584,
+               diffugpt_varlen=634)  # lines
 SCRIPTS = [name for name in BUDGETS if name not in ("common", "fast")]
 SECTIONS = ["config", "data", "model", "corrupt and loss", "sample", "train", "main"]
 each = pytest.mark.parametrize("name", SCRIPTS)
@@ -50,7 +50,7 @@ def test_tests_are_not_longer_than_what_they_test():
     lines = {folder: sum(len(path.read_text("utf-8").splitlines())
                          for path in ROOT.glob(f"{folder}/*.py"))
              for folder in (".", "data", "lab", "tests")}
-    assert lines.pop("tests") <= sum(lines.values()) and lines["."] <= 3690
+    assert lines.pop("tests") <= sum(lines.values()) and lines["."] <= 3660
 
 
 def test_budgets_are_not_reached_by_squeezing():
@@ -109,13 +109,13 @@ def test_every_function_of_common_and_data_is_used_somewhere():
 
 
 def test_imports_point_one_way():
-    """Scripts import fast, common and data; fast imports common, and that data. Only lab, tests and
+    """Scripts import common, fast and data; common imports fast, and both data. Only lab, tests and
     notebooks import lab; nothing in lab imports in a circle. results/ holds no code."""
     ours = {*BUDGETS, "data", "lab"}
     for name in SCRIPTS:
         assert imports(ROOT / f"{name}.py") & ours <= {"common", "data", "fast"}
-    assert imports(ROOT / "fast.py") & ours == {"common"}
-    assert imports(ROOT / "common.py") & ours == {"data"}
+    assert imports(ROOT / "fast.py") & ours == {"data"}
+    assert imports(ROOT / "common.py") & ours == {"data", "fast"}
     for path in ROOT.glob("data/*.py"):
         assert imports(path) & ours <= {"data"}, path
     assert "lab" not in set().union(*map(imports, ROOT.glob("*.py")))
