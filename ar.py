@@ -1,10 +1,10 @@
-"""Autoregressive language model: predict each token from the ones before it. The exact baseline.
+"""Autoregressive language model: predict each token from the ones before it. Exact likelihood.
 
-Method: Bengio et al. 2003 (section 2); the network is a GPT (Radford et al. 2019), parts of today.
+Method: Bengio et al. 2003 (section 2); the network is a GPT (Radford et al. 2019) with changes.
 
     python ar.py                10 minutes, 2 CPU cores: val = 0.93 nats/token (entropy 0.91)
     python ar.py sample --prompt "Once upon a time" --num-samples 3 --temperature 0.8
-    python ar.py eval           the likelihood of the test split, samples
+    python ar.py eval           the exact likelihood of 500 test rows; samples
 
 Equations
     (E1)  log p(x) = sum_i log p(x_i | x_<i)                   chain rule: exact, not a bound
@@ -12,13 +12,12 @@ Equations
     (E3)  loss = - sum_i log p(x_i | x_<i) / number of scored tokens
     (E4)  sampling: x_i ~ p(. | x_<i) from left to right; keys and values of the past are cached
 
-Shapes: B batch, T tokens, V vocabulary, C width, H heads, D = C / H head width. Units: nats. A
-document is scored on its tokens and its EOS; BOS is an input, never scored. The EOS-filled tail of
-a row costs nothing: after the first EOS the next one is certain.
+Shapes: B rows, T tokens, V vocabulary, C width, H heads, D = C / H. Units: nats. A row is scored up
+to and including its first EOS, which ends the document; the EOS that fill up the row are not.
 
-Differs from GPT-2: RMSNorm, rotary positions, a short convolution before every block, normalised
-queries and keys, no biases, residual outputs and head start at zero (so the first loss is exactly
-ln V), Muon for the hidden matrices.
+Differs from GPT-2: RMSNorm, rotary positions, normalised queries and keys, a causal convolution in
+front of each block, no biases, Muon for the matrices of the blocks; output projections and the head
+start at zero, so the first loss is exactly ln V.
 """
 import copy
 import math
@@ -66,7 +65,7 @@ class Config:
     warmup: int = 50  # steps of linear warm-up; then linearly to zero
     ema: float = 0.99  # moving average of the weights, which is evaluated and saved; 0 = off
     eval_every: int = 200  # steps between evaluations and checkpoints
-    # sampling; the likelihood is that of temperature 1
+    # sampling; the likelihood knows no temperature, top_k and top_p
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
     trace: bool = False  # print the trajectory of the first sample
@@ -85,11 +84,10 @@ PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256,
 # ---- 2. data -----------------------------------------------------------------------------------
 # load_data(cfg) sets vocab_size, rows, eos, bos; .train: (ids, offsets of documents, log p or None)
 def get_rows(split, cfg, index):
-    """Documents `index`, EOS-filled and cut, or windows that begin at tokens `index`: (B, T)."""
+    """Documents `index`, filled with EOS or cut, or windows from the tokens `index` on: (B, T)."""
     ids, offsets, _ = split
-    start, end = index, index + cfg.seq_len
-    if cfg.rows == "docs":
-        start, end = offsets[index], offsets[index + 1]
+    start = offsets[index] if cfg.rows == "docs" else index
+    end = offsets[index + 1] if cfg.rows == "docs" else index + cfg.seq_len
     column = start[:, None] + np.arange(cfg.seq_len)
     rows = ids[np.minimum(column, len(ids) - 1)].astype(np.int64)
     return torch.from_numpy(np.where(column < end[:, None], rows, cfg.eos))
@@ -104,8 +102,7 @@ def get_batch(split, cfg, g):
 
 
 def get_eval_rows(split, cfg, n):
-    """The first n documents and their true -log p in nats (None if unknown or one is cut), or n
-    evenly spaced windows: (n, T), (n,)."""
+    """n documents and their true -log p (or None), or n evenly spaced windows: (n, T), (n,)."""
     ids, offsets, logp = split
     if cfg.rows == "stream":
         last = len(ids) - cfg.seq_len
@@ -117,8 +114,7 @@ def get_eval_rows(split, cfg, n):
 
 # ---- 3. model ----------------------------------------------------------------------------------
 def rotate(x, positions):
-    """Rotary positions (Su et al. 2021): turn the pairs (x_2j, x_2j+1) of x (..., T, D), taken as
-    complex numbers."""
+    """Rotary positions (Su et al. 2021): rotate the pairs (x_2j, x_2j+1) of x (..., T, D)."""
     D = x.shape[-1]
     angle = positions[:, None] * 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
@@ -140,13 +136,13 @@ class Attention(nn.Module):
         (q, k), v = rotate(F.layer_norm(qk, qk.shape[4:]), positions), v.squeeze(0)  # (B, H, T, D)
         if kv_cache is not None:  # extended in place, by the prompt, then by one token a call
             k, v = (torch.cat(pair, 2) for pair in zip(kv_cache, (k, v))) if kv_cache else (k, v)
-            kv_cache[:] = k, v  # (B, H, past and new tokens, D); Block appends its own past
+            kv_cache[:] = k, v  # (B, H, past and new, D); third: what Block's convolution saw last
         if x.device.type == "cpu":  # written out: the fused kernel is slow there, see LOG.md
             scores = q * q.shape[3] ** -0.5 @ k.mT  # (B, H, T, past and new tokens)
             future = scores.new_full(scores.shape[2:], -torch.inf).triu(1 + k.shape[2] - T)
             y = (scores + future).softmax(-1).to(v.dtype) @ v
         else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # T > 1: no past
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -161,7 +157,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A convolution over the six tokens before each and itself, then attention and MLP."""
+    """A convolution over each token and the six before it (a Canon layer, Allen-Zhu 2025), then
+    attention and MLP."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -181,9 +178,9 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Causal transformer: ids (B, T) -> logits (B, T, V), or (n, V) for `is_target`, boolean
-    (B, T) that names the n positions whose logits are wanted. With `kv_cache`, a list of one empty
-    list per layer at first, it is called again with only the next token of each row."""
+    """Causal transformer: ids (B, T) -> logits (B, T, V), or (n, V) at the n positions `is_target`,
+    boolean (B, T) or indices. With `kv_cache`, at first a list of an empty list per layer, it is
+    called again with only the next token of each row."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -208,7 +205,6 @@ class Model(nn.Module):
 
 
 # ---- 4. corrupt and loss -----------------------------------------------------------------------
-# Nothing is corrupted here: the inputs are the clean tokens, shifted by one.
 def is_scored(x0, cfg):
     """Boolean (B, T): positions up to the first EOS of a document, every position of a window."""
     is_eos = x0 == cfg.eos
@@ -217,17 +213,15 @@ def is_scored(x0, cfg):
 
 def token_nll(model, x0, cfg):
     """-log p(x_i | x_<i) at the scored positions, zero elsewhere: (B, T) nats."""
-    inputs = torch.cat((torch.full_like(x0[:, :1], cfg.bos), x0[:, :-1]), 1)  # shift by one
+    inputs = torch.cat((torch.full_like(x0[:, :1], cfg.bos), x0[:, :-1]), 1)  # shifted by one
     at_target = is_scored(x0, cfg).nonzero(as_tuple=True)
     logits = model(inputs, at_target).float()  # (number scored, V)  # (E2)
-    nll = torch.zeros(x0.shape, device=x0.device)
-    nll[at_target] = F.cross_entropy(logits, x0[at_target], reduction="none")
-    return nll
+    ce = F.cross_entropy(logits, x0[at_target], reduction="none")
+    return torch.zeros(x0.shape, device=x0.device).index_put(at_target, ce)
 
 
 def loss_fn(model, x0, weight, cfg):
-    """Nats per scored token, with weight = 1 / their number in the whole batch; a sum over rows, so
-    that the losses of micro-batches add up to that of the batch."""
+    """Nats per scored token: weight = 1 / their number in the batch; micro-batches add up."""
     length = is_scored(x0, cfg).sum(1)
     order = length.argsort()  # short rows apart from long ones, for speed
     ends = torch.stack([part[-1] for part in length[order].chunk(2)]).tolist()
@@ -237,15 +231,13 @@ def loss_fn(model, x0, weight, cfg):
 
 @torch.no_grad()
 def nll(model, x0, cfg):
-    """Exact -log p(x0) in nats per row: (B,)."""
-    parts = [token_nll(model, part, cfg).cpu().double().sum(1) for part in x0.split(64)]
-    return torch.cat(parts)  # (E1)
+    """Exact -log p(x0) in nats per row: (B,) (E1)."""
+    return torch.cat([token_nll(model, part, cfg).cpu().double().sum(1) for part in x0.split(64)])
 
 
 # ---- 5. sample ---------------------------------------------------------------------------------
 def filter_logits(logits, cfg):
-    """Temperature, then top-k, then top-p: logits (n, V) with -inf at what is cut. Top-k keeps
-    ties; top-p keeps the smallest set that holds top_p, at least one token."""
+    """Logits (n, V) at a temperature, -inf at what top-k (which keeps ties) or top-p removes."""
     if cfg.temperature == 0:
         return torch.full_like(logits, -torch.inf).scatter(1, logits.argmax(1, True), 0.0)
     logits = logits / cfg.temperature
@@ -254,7 +246,7 @@ def filter_logits(logits, cfg):
     if cfg.top_p < 1:
         value, index = logits.sort(descending=True)
         p = value.softmax(1)
-        cut = p.cumsum(1) - p >= max(cfg.top_p, 1e-6)  # the tokens before it hold enough
+        cut = p.cumsum(1) - p >= max(cfg.top_p, 1e-6)  # likelier tokens hold top_p
         logits = logits.masked_fill(cut.gather(1, index.argsort(1)), -torch.inf)
     return logits
 
@@ -269,16 +261,16 @@ def categorical(logits, g):
 
 @torch.no_grad()
 def sample(model, x, cfg, g, on_step=lambda nfe, x: None):
-    """Continue the canvas x (n, T), prompts of one length and then the mask id V, from left to
-    right: (n, T) and NFE, the network evaluations. on_step(nfe, x) is called after each."""
+    """Continue x (B, T), prompts of one length and then the mask id V, from left to right: (B, T)
+    and NFE, the network evaluations until the last row has ended. on_step(nfe, x) follows each."""
     x, nfe, kv_cache = x.clone(), 0, [[] for _ in model.blocks]
     first = int((x[0] != cfg.vocab_size).cumprod(0).sum())
-    new = torch.cat((torch.full_like(x[:, :1], cfg.bos), x[:, :first]), 1)  # BOS and the prompt
+    inputs = torch.cat((torch.full_like(x[:, :1], cfg.bos), x[:, :first]), 1)  # BOS and prompt
     ended = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for i in range(first, x.shape[1]):
-        logits = model(new, kv_cache=kv_cache)[:, -1].float()  # (n, V)
+        logits = model(inputs, kv_cache=kv_cache)[:, -1].float()  # (B, V)
         x[:, i] = categorical(filter_logits(logits, cfg), g).masked_fill(ended, cfg.eos)  # (E4)
-        new, nfe = x[:, i:i + 1], nfe + 1
+        inputs, nfe = x[:, i:i + 1], nfe + 1
         ended |= (x[:, i] == cfg.eos) & (cfg.rows == "docs")
         on_step(nfe, x)
         if ended.all():
@@ -312,7 +304,7 @@ def evaluate(model, data, cfg, split="val", n=128):
 
 
 def train(cfg, sample=sample):
-    """Train as cfg says; returns the averaged model. What it makes is in the run folder."""
+    """Train as cfg says, write log, checkpoints and samples to the run folder, return the EMA."""
     with common.Run(cfg) as run:
         data = load_data(cfg, quiet=run.rank > 0)
         torch.manual_seed(cfg.seed)
@@ -341,16 +333,16 @@ def train(cfg, sample=sample):
                 total += loss.detach()
             run.all_reduce([total] + [p.grad for p in model.parameters() if p.grad is not None])
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            total, norm = torch.stack((total, norm)).tolist()  # here a GPU is waited for
+            total, norm = torch.stack((total, norm)).tolist()  # waits for the GPU
             if not math.isfinite(total + norm):
                 raise common.UserError(f"loss {total}, gradient {norm} at step {step}: lower --lr")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             step += 1
-            beta = min(cfg.ema, (1 + step) / (10 + step))  # warms up: early weights fade
-            new = [p.detach() for p in model.parameters()]
-            torch._foreach_lerp_([*ema.parameters()], new, 1 - beta)
+            beta = min(cfg.ema, (1 + step) / (10 + step))  # smaller at first: early weights fade
+            weights = [p.detach() for p in model.parameters()]
+            torch._foreach_lerp_([*ema.parameters()], weights, 1 - beta)
             run.log_step(step, x0.numel(), total, grad_norm=norm, lr=get_lr(step - 1, cfg))
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 run.save(step, *state)
@@ -366,7 +358,7 @@ def train(cfg, sample=sample):
 
 # ---- 7. main -----------------------------------------------------------------------------------
 def main(argv, Config=Config, sample=sample):
-    """train (default), sample or eval. lab/ passes variants of the last arguments."""
+    """train (default), sample or eval. lab/ passes other functions."""
     command, cfg = common.parse(Config, PRESETS, argv)
     if command == "train":
         return train(cfg, sample)

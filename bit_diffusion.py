@@ -84,9 +84,9 @@ class Config:
     # sampling; the bound: --order random --temperature 1 --no-length-first, many --num-steps
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
-    infill: str = ""  # "Once ___ a ___3 who": one token and three are wanted, then the end
+    infill: str = ""  # "A ___ and ___3.": fill one token and three; then the text ends
     trace: bool = False  # print the trajectory of the first sample
-    num_steps: int = 64  # network evaluations, without that of the length; 0 = a token per step
+    num_steps: int = 64  # denoising steps; the length costs one evaluation more; 0 = one a token
     order: Literal["random", "l2r", "maxprob"] = "maxprob"  # which position is denoised first
     length_first: bool = True  # draw the length of a document first, then its tokens
     temperature: float = 0.3  # below 1: safer, less varied; 0: most likely by context
@@ -104,13 +104,12 @@ PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256,
 
 
 # ---- 2. data -----------------------------------------------------------------------------------
-# load_data(cfg) sets vocab_size, rows and eos; .train is (ids, offsets of documents, log p or None)
+# load_data(cfg) sets vocab_size, rows, eos, bos; a split is (ids, document offsets, log p or None)
 def get_rows(split, cfg, index):
-    """Documents `index`, EOS-filled and cut, or windows that begin at tokens `index`: (B, T)."""
+    """Documents `index`, filled with EOS or cut, or windows from the tokens `index` on: (B, T)."""
     ids, offsets, _ = split
-    start, end = index, index + cfg.seq_len
-    if cfg.rows == "docs":
-        start, end = offsets[index], offsets[index + 1]
+    start = offsets[index] if cfg.rows == "docs" else index
+    end = offsets[index + 1] if cfg.rows == "docs" else index + cfg.seq_len
     column = start[:, None] + np.arange(cfg.seq_len)
     rows = ids[np.minimum(column, len(ids) - 1)].astype(np.int64)
     return torch.from_numpy(np.where(column < end[:, None], rows, cfg.eos))
@@ -125,8 +124,7 @@ def get_batch(split, cfg, g):
 
 
 def get_eval_rows(split, cfg, n):
-    """The first n documents and their true -log p in nats (None if unknown or one is cut), or n
-    evenly spaced windows: (n, T), (n,)."""
+    """n documents and their true -log p (or None), or n evenly spaced windows: (n, T), (n,)."""
     ids, offsets, logp = split
     if cfg.rows == "stream":
         last = len(ids) - cfg.seq_len
@@ -138,8 +136,7 @@ def get_eval_rows(split, cfg, n):
 
 # ---- 3. model ----------------------------------------------------------------------------------
 def rotate(x, positions):
-    """Rotary positions (Su et al. 2021): turn the pairs (x_2j, x_2j+1) of x (..., T, D), taken as
-    complex numbers."""
+    """Rotary positions (Su et al. 2021): rotate the pairs (x_2j, x_2j+1) of x (..., T, D)."""
     D = x.shape[-1]
     angle = positions[:, None] * 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
@@ -185,10 +182,9 @@ class Block(nn.Module):
         self.norm2, self.mlp = nn.RMSNorm(cfg.n_embd), MLP(cfg)
 
     def convolve(self, x):
-        """x (B, T, C) and, channel by channel, a weighted sum of each token and 3 on each side (a
-        two-sided Canon layer, Allen-Zhu 2025). Conv2d is faster than Conv1d on CPUs."""
+        """Add a depthwise convolution over 3 tokens on each side (Canon layer, Allen-Zhu 2025)."""
         with torch.autocast(x.device.type, enabled=False):  # float32 is faster here on CPUs
-            return x + self.conv(x.mT[:, :, None])[:, :, 0].mT  # conv: (B, C, 1, T)
+            return x + self.conv(x.mT[:, :, None])[:, :, 0].mT  # 2d: faster than 1d
 
     def forward(self, x, positions, is_target=None):
         x = self.convolve(x)
@@ -364,8 +360,7 @@ def nelbo(model, x0, cfg, g, K=8, is_given=None):
 
 # ---- 5. sample ---------------------------------------------------------------------------------
 def filter_logits(logits, cfg):
-    """Temperature, then top-k, then top-p: logits (n, V) with -inf at what is cut. Top-k keeps
-    ties; top-p keeps the smallest set that holds top_p, at least one token."""
+    """Logits (n, V) at a temperature, -inf at what top-k (which keeps ties) or top-p removes."""
     if cfg.temperature == 0:
         return torch.full_like(logits, -torch.inf).scatter(1, logits.argmax(1, True), 0.0)
     logits = logits / cfg.temperature
@@ -374,7 +369,7 @@ def filter_logits(logits, cfg):
     if cfg.top_p < 1:
         value, index = logits.sort(descending=True)
         p = value.softmax(1)
-        cut = p.cumsum(1) - p >= max(cfg.top_p, 1e-6)  # the tokens before it hold enough
+        cut = p.cumsum(1) - p >= max(cfg.top_p, 1e-6)  # likelier tokens hold top_p
         logits = logits.masked_fill(cut.gather(1, index.argsort(1)), -torch.inf)
     return logits
 
@@ -491,7 +486,7 @@ def evaluate(model, data, cfg, split="val", n=128, nelbo=nelbo):
 
 
 def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sample=sample):
-    """Train as cfg says; returns the averaged model. What it makes is in the run folder."""
+    """Train as cfg says, write log, checkpoints and samples to the run folder, return the EMA."""
     with common.Run(cfg) as run:
         data = load_data(cfg, quiet=run.rank > 0)
         torch.manual_seed(cfg.seed)
@@ -520,16 +515,16 @@ def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sampl
                 total += loss.detach()
             run.all_reduce([total] + [p.grad for p in model.parameters() if p.grad is not None])
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            total, norm = torch.stack((total, norm)).tolist()  # here a GPU is waited for
+            total, norm = torch.stack((total, norm)).tolist()  # waits for the GPU
             if not math.isfinite(total + norm):
                 raise common.UserError(f"loss {total}, gradient {norm} at step {step}: lower --lr")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             step += 1
-            beta = min(cfg.ema, (1 + step) / (10 + step))  # warms up: early weights fade
-            new = [p.detach() for p in model.parameters()]
-            torch._foreach_lerp_([*ema.parameters()], new, 1 - beta)
+            beta = min(cfg.ema, (1 + step) / (10 + step))  # smaller at first: early weights fade
+            weights = [p.detach() for p in model.parameters()]
+            torch._foreach_lerp_([*ema.parameters()], weights, 1 - beta)
             run.log_step(step, x0.numel(), total, grad_norm=norm, lr=get_lr(step - 1, cfg))
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 run.save(step, *state)
@@ -546,7 +541,7 @@ def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sampl
 # ---- 7. main -----------------------------------------------------------------------------------
 def main(argv, Config=Config, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo,
          sample=sample):
-    """train (default), sample or eval. lab/ passes variants of the last arguments."""
+    """train (default), sample or eval. lab/ passes other functions."""
     command, cfg = common.parse(Config, PRESETS, argv)
     if command == "train":
         return train(cfg, Model, corrupt, loss_fn, nelbo, sample)

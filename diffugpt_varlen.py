@@ -84,7 +84,7 @@ class Config:
     # sampling; the bound is for --order random --num-steps 0 --temperature 1
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
-    infill: str = ""  # "Once ___ a ___3 who": one token and three are wanted, then the end
+    infill: str = ""  # "A ___ and ___3.": fill one token and three; then the text ends
     trace: bool = False  # print the trajectory of the first sample
     num_steps: int = 80  # a step unmasks T / num_steps tokens, rounded up; 0 = one
     order: Literal["random", "l2r", "maxprob", "margin", "entropy"] = "maxprob"  # unmasked first
@@ -117,13 +117,12 @@ PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256,
 
 
 # ---- 2. data -----------------------------------------------------------------------------------
-# load_data(cfg) sets vocab_size, rows and eos; .train is (ids, offsets of documents, log p or None)
+# load_data(cfg) sets vocab_size, rows, eos, bos; a split is (ids, document offsets, log p or None)
 def get_rows(split, cfg, index):
-    """Documents `index`, EOS-filled and cut, or windows that begin at tokens `index`: (B, T)."""
+    """Documents `index`, filled with EOS or cut, or windows from the tokens `index` on: (B, T)."""
     ids, offsets, _ = split
-    start, end = index, index + cfg.seq_len
-    if cfg.rows == "docs":
-        start, end = offsets[index], offsets[index + 1]
+    start = offsets[index] if cfg.rows == "docs" else index
+    end = offsets[index + 1] if cfg.rows == "docs" else index + cfg.seq_len
     column = start[:, None] + np.arange(cfg.seq_len)
     rows = ids[np.minimum(column, len(ids) - 1)].astype(np.int64)
     return torch.from_numpy(np.where(column < end[:, None], rows, cfg.eos))
@@ -138,8 +137,7 @@ def get_batch(split, cfg, g):
 
 
 def get_eval_rows(split, cfg, n):
-    """The first n documents and their true -log p in nats (None if unknown or one is cut), or n
-    evenly spaced windows: (n, T), (n,)."""
+    """n documents and their true -log p (or None), or n evenly spaced windows: (n, T), (n,)."""
     ids, offsets, logp = split
     if cfg.rows == "stream":
         last = len(ids) - cfg.seq_len
@@ -353,14 +351,13 @@ ORDERS = {  # log p (n, V) of the masked positions, their columns (n,) -> score;
     "random": lambda logp, column: torch.zeros(len(logp), device=logp.device),
     "l2r": lambda logp, column: -column.float(),
     "maxprob": lambda logp, column: logp.amax(1),  # the confidence
-    "margin": lambda logp, column: -logp.topk(2).values.exp().diff(dim=1)[:, 0],  # 1st - 2nd
-    "entropy": lambda logp, column: (logp.exp() * logp).nan_to_num(0).sum(1),  # minus it
+    "margin": lambda logp, column: -logp.topk(2).values.exp().diff(dim=1)[:, 0],  # p of 1st - 2nd
+    "entropy": lambda logp, column: (logp.exp() * logp).nan_to_num(0).sum(1),  # minus the entropy
 }
 
 
 def filter_logits(logits, cfg):
-    """Temperature, then top-k, then top-p: logits (n, V) with -inf at what is cut. Top-k keeps
-    ties; top-p keeps the smallest set that holds top_p, at least one token."""
+    """Logits (n, V) at a temperature, -inf at what top-k (which keeps ties) or top-p removes."""
     if cfg.temperature == 0:
         return torch.full_like(logits, -torch.inf).scatter(1, logits.argmax(1, True), 0.0)
     logits = logits / cfg.temperature
@@ -369,7 +366,7 @@ def filter_logits(logits, cfg):
     if cfg.top_p < 1:
         value, index = logits.sort(descending=True)
         p = value.softmax(1)
-        cut = p.cumsum(1) - p >= max(cfg.top_p, 1e-6)  # the tokens before it hold enough
+        cut = p.cumsum(1) - p >= max(cfg.top_p, 1e-6)  # likelier tokens hold top_p
         logits = logits.masked_fill(cut.gather(1, index.argsort(1)), -torch.inf)
     return logits
 
@@ -542,7 +539,7 @@ def init_model(cfg, Model, data, device):
 
 def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sample=sample,
           init_model=init_model, make_optimizers=make_optimizers):
-    """Train as cfg says; returns the averaged model. What it makes is in the run folder."""
+    """Train as cfg says, write log, checkpoints and samples to the run folder, return the EMA."""
     with common.Run(cfg) as run:
         data = load_data(cfg, quiet=run.rank > 0)
         torch.manual_seed(cfg.seed)
@@ -571,16 +568,16 @@ def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sampl
                 total += loss.detach()
             run.all_reduce([total] + [p.grad for p in model.parameters() if p.grad is not None])
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            total, norm = torch.stack((total, norm)).tolist()  # here a GPU is waited for
+            total, norm = torch.stack((total, norm)).tolist()  # waits for the GPU
             if not math.isfinite(total + norm):
                 raise common.UserError(f"loss {total}, gradient {norm} at step {step}: lower --lr")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             step += 1
-            beta = min(cfg.ema, (1 + step) / (10 + step))  # warms up: early weights fade
-            new = [p.detach() for p in model.parameters()]
-            torch._foreach_lerp_([*ema.parameters()], new, 1 - beta)
+            beta = min(cfg.ema, (1 + step) / (10 + step))  # smaller at first: early weights fade
+            weights = [p.detach() for p in model.parameters()]
+            torch._foreach_lerp_([*ema.parameters()], weights, 1 - beta)
             run.log_step(step, x0.numel(), total, grad_norm=norm, lr=get_lr(step - 1, cfg))
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 run.save(step, *state)
@@ -615,7 +612,7 @@ def train_parent(cfg, *parts):
 # ---- 7. main -----------------------------------------------------------------------------------
 def main(argv, Config=Config, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo,
          sample=sample, init_model=init_model, make_optimizers=make_optimizers):
-    """train (default), sample or eval. lab/ passes variants of the last arguments."""
+    """train (default), sample or eval. lab/ passes other functions."""
     command, cfg = common.parse(Config, PRESETS, argv)
     run = common.Run(cfg)
     parts = Model, corrupt, loss_fn, nelbo, sample, init_model, make_optimizers

@@ -6,27 +6,26 @@ remasking: ReMDM (Wang et al. 2025).
     python mdlm.py              8 minutes, 2 CPU cores: val <= 1.40 nats/token (entropy 0.91)
     python mdlm.py sample --prompt "Once upon a time" --num-samples 3 --trace
     python mdlm.py sample --infill "Once upon a ___ there was ___"
-    python mdlm.py eval         the bound on the test split, samples
+    python mdlm.py eval         the bound on 500 test rows, samples
 
-Equations. M is the mask, gamma(t) = 1 - alpha(t) the noise schedule: the mask rate, 0 at t = 0 and
-1 at t = 1. The network denoises: it sees x_t, never t, and predicts x_0. SUBS: it cannot predict M
-(E2), and tokens that are not masked are carried over.
+Equations. M is the mask; the schedule gamma(t) = 1 - alpha(t) is the mask rate, 0 at t = 0 and 1 at
+t = 1. The network sees x_t, not t. SUBS: it never predicts M, and unmasked tokens are carried over.
     (E1)  absorbing forward process: each x_t,i is M with probability gamma(t), else x_0,i
     (E2)  c_i = -log p(x_0,i | x_t) for masked i: a softmax over the V real tokens, never M
     (E3)  NELBO = int_0^1 gamma'(t)/gamma(t) E sum_masked c_i dt >= -log p(x_0)
     (E4)        = sum_{n=1..T} 1/n E_{n masks} sum_masked c_i: the same for every schedule gamma
-    (E5)  reverse t -> s: a mask becomes a draw of p with probability (gamma_t - gamma_s) / gamma_t
+    (E5)  reverse t -> s: a mask becomes a draw from p(. | x_t) with probability
+          (gamma_t - gamma_s) / gamma_t
     (E6)  remasking: tokens become M again with probability sigma, and masks become tokens with
           (gamma_t - gamma_s + sigma (1 - gamma_t)) / gamma_t, so that P(x_s,i = M) is gamma_s still
 
 Shapes: B rows, T tokens, V vocabulary, C width, H heads, D = C / H. Units: nats. Every position of
 a row is scored, also the EOS that fill it up: the model is not told the length. g draws all noise.
 
-Differs from the paper: training draws a number n of masks, in runs of less than 4000 steps with
-P(n) ~ n, and then the training loss is no bound (nelbo is); no schedule, no cut-off epsilon.
-Sampling unmasks fixed counts, the most confident first, and draws the length of a document before.
-Differs from ar.py, which lists what differs from GPT-2: attention and convolutions look to both
-sides, and masks need learned positions.
+Differs from the paper: training draws the number of masks n and not t; runs of less than 4000 steps
+draw n with P(n) proportional to n, and their loss is no bound (nelbo is). Sampling draws the length
+first, then unmasks fixed numbers of tokens, the most confident first. Differs from ar.py (see there
+for GPT-2): attention and convolutions look to both sides, and positions are learned, too.
 """
 import copy
 import math
@@ -74,14 +73,14 @@ class Config:
     warmup: int = 50  # steps of linear warm-up; then linearly to zero
     ema: float = 0.99  # moving average of the weights, which is evaluated and saved; 0 = off
     eval_every: int = 200  # steps between evaluations and checkpoints
-    # sampling; bound: --order random --num-steps 0 --temperature 1 --remask none --no-length-first
+    # sampling; the bound is of order random, num_steps 0, temperature 1, no remask, no length_first
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
-    infill: str = ""  # "Once ___ a ___3 who": one token and three are wanted, then the end
+    infill: str = ""  # "A ___ and ___3.": fill one token and three; then the text ends
     trace: bool = False  # print the trajectory of the first sample
-    num_steps: int = 32  # network evaluations, without that of the length; 0 = a token per step
+    num_steps: int = 32  # denoising steps; the length costs one evaluation more; 0 = one a token
     order: Literal["random", "l2r", "maxprob", "margin", "entropy"] = "maxprob"  # unmasked first
-    remask: Literal["none", "random", "conf"] = "conf"  # ReMDM (E6); conf: improbable ones rather
+    remask: Literal["none", "random", "conf"] = "conf"  # (E6); conf: improbable ones more often
     length_first: bool = True  # draw the length of a document first, then its tokens
     temperature: float = 0.5  # below 1: safer, less varied; 0: the most likely token
     top_k: int = 0  # keep the k most likely tokens; 0 = all
@@ -95,13 +94,12 @@ PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256,
 
 
 # ---- 2. data -----------------------------------------------------------------------------------
-# load_data(cfg) sets vocab_size, rows and eos; .train is (ids, offsets of documents, log p or None)
+# load_data(cfg) sets vocab_size, rows, eos, bos; a split is (ids, document offsets, log p or None)
 def get_rows(split, cfg, index):
-    """Documents `index`, EOS-filled and cut, or windows that begin at tokens `index`: (B, T)."""
+    """Documents `index`, filled with EOS or cut, or windows from the tokens `index` on: (B, T)."""
     ids, offsets, _ = split
-    start, end = index, index + cfg.seq_len
-    if cfg.rows == "docs":
-        start, end = offsets[index], offsets[index + 1]
+    start = offsets[index] if cfg.rows == "docs" else index
+    end = offsets[index + 1] if cfg.rows == "docs" else index + cfg.seq_len
     column = start[:, None] + np.arange(cfg.seq_len)
     rows = ids[np.minimum(column, len(ids) - 1)].astype(np.int64)
     return torch.from_numpy(np.where(column < end[:, None], rows, cfg.eos))
@@ -116,8 +114,7 @@ def get_batch(split, cfg, g):
 
 
 def get_eval_rows(split, cfg, n):
-    """The first n documents and their true -log p in nats (None if unknown or one is cut), or n
-    evenly spaced windows: (n, T), (n,)."""
+    """n documents and their true -log p (or None), or n evenly spaced windows: (n, T), (n,)."""
     ids, offsets, logp = split
     if cfg.rows == "stream":
         last = len(ids) - cfg.seq_len
@@ -129,8 +126,7 @@ def get_eval_rows(split, cfg, n):
 
 # ---- 3. model ----------------------------------------------------------------------------------
 def rotate(x, positions):
-    """Rotary positions (Su et al. 2021): turn the pairs (x_2j, x_2j+1) of x (..., T, D), taken as
-    complex numbers."""
+    """Rotary positions (Su et al. 2021): rotate the pairs (x_2j, x_2j+1) of x (..., T, D)."""
     D = x.shape[-1]
     angle = positions[:, None] * 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
@@ -176,10 +172,9 @@ class Block(nn.Module):
         self.norm2, self.mlp = nn.RMSNorm(cfg.n_embd), MLP(cfg)
 
     def convolve(self, x):
-        """x (B, T, C) and, channel by channel, a weighted sum of each token and 3 on each side (a
-        two-sided Canon layer, Allen-Zhu 2025). Conv2d is faster than Conv1d on CPUs."""
+        """Add a depthwise convolution over 3 tokens on each side (Canon layer, Allen-Zhu 2025)."""
         with torch.autocast(x.device.type, enabled=False):  # float32 is faster here on CPUs
-            return x + self.conv(x.mT[:, :, None])[:, :, 0].mT  # conv: (B, C, 1, T)
+            return x + self.conv(x.mT[:, :, None])[:, :, 0].mT  # 2d: faster than 1d
 
     def forward(self, x, positions, is_target=None):
         x = self.convolve(x)
@@ -190,12 +185,12 @@ class Block(nn.Module):
 
 class Model(nn.Module):
     """Bidirectional transformer: ids (B, T) in 0..V, where V is the mask M -> logits (B, T, V), or
-    (n, V) at the n positions `is_target`, boolean (B, T) or indices. No time: x_t shows it."""
+    (n, V) at the n positions `is_target`, boolean (B, T) or indices. Not conditioned on t."""
 
     def __init__(self, cfg):
         super().__init__()
         self.wte = nn.Embedding(cfg.vocab_size + 1, cfg.n_embd)
-        self.wpe = nn.Embedding(cfg.seq_len, cfg.n_embd)  # for rotary ones all masks are alike
+        self.wpe = nn.Embedding(cfg.seq_len, cfg.n_embd)  # to rotary ones all masks look the same
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.n_embd)
         self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
@@ -234,10 +229,9 @@ def mask_tokens(x0, n, cfg, g, is_given=None):
 
 
 def corrupt(x0, cfg, g):
-    """The forward process: xt and each token's weight in the loss, both (B, T). Under (E1) n masks
-    have probability Binomial(n; T, gamma), whose integral over d gamma / gamma, the weight of (E3),
-    is 1/n: (E4), each c_i weighs 1/n. With n uniform that estimates NELBO / T. Short runs draw more
-    masks, P(n) = (2n - 1) / T^2, no bound: better at first, worse in long runs (see LOG.md)."""
+    """Forward process (E1): xt and each token's weight in the loss, both (B, T): 1/n of n masks, as
+    Binomial(n; T, gamma) d gamma / gamma (E3) integrates to 1/n (E4). n uniform on 1..T estimates
+    NELBO / T; short runs draw P(n) = (2n - 1) / T^2: better there, worse in long ones (LOG.md)."""
     B, T = x0.shape
     u = (torch.arange(B) / B + torch.rand(1, generator=g)) % 1  # low-discrepancy: one offset
     n = 1 + ((u.sqrt() if cfg.steps < 4000 else u) * T).floor().long().clamp(max=T - 1)  # 1..T
@@ -249,30 +243,27 @@ def masked_ce(model, x0, xt):
     """Cross-entropy c_i of the masked tokens in nats, zero elsewhere: (B, T)."""
     at_mask = (xt != x0).nonzero(as_tuple=True)  # x0 holds no M; indices, so a GPU waits once
     logits = model(xt, at_mask).float()  # (number masked, V)
-    ce = torch.zeros(x0.shape, device=x0.device)
-    ce[at_mask] = F.cross_entropy(logits, x0[at_mask], reduction="none")  # (E2)
-    return ce
+    ce = F.cross_entropy(logits, x0[at_mask], reduction="none")  # (E2)
+    return torch.zeros(x0.shape, device=x0.device).index_put(at_mask, ce)
 
 
 def loss_fn(model, x0, xt, weight):
-    """Mean over the rows of the mean c_i of their masked tokens, EOS tail included, in nats (NELBO
-    / T for uniform n). A sum, so that the losses of micro-batches add up."""
+    """Mean over the batch's rows of the mean c_i of their masks, in nats; micro-batches add up."""
     return (weight * masked_ce(model, x0, xt)).sum()
 
 
 @torch.no_grad()
 def nelbo(model, x0, cfg, g, K=8, is_given=None):
-    """Upper bound on -log p(x0) in nats per row, (B,), estimated without bias from K evaluations a
-    row, n masks each, n stratified over 1..N with a random offset. With a boolean `is_given` (B, T)
-    it bounds -log p(the other N tokens | those); else N = T."""
+    """Unbiased estimate of an upper bound on -log p(x0) in nats per row, (B,), from K evaluations a
+    row with n masks, n stratified over 1..N. N is T, or with a boolean `is_given` (B, T) the number
+    of the other tokens; then the bound is on -log p(those | the given ones)."""
     N = torch.full((len(x0),), x0.shape[1]) if is_given is None else (~is_given).sum(1).cpu()
     u, total = torch.rand(len(x0), generator=g), 0
     for k in range(K):
         n = torch.minimum(1 + ((k + u) / K * N).floor().long(), N)
         xt = mask_tokens(x0, n, cfg, g, is_given)
-        ce = [masked_ce(model, *part).cpu().double().sum(1) for part in
-              zip(x0.split(64), xt.split(64))]
-        total += N / K * torch.cat(ce) / n.clamp(min=1)  # N times the mean over n (E4)
+        ce = [masked_ce(model, *xs).cpu().double().sum(1) for xs in zip(x0.split(64), xt.split(64))]
+        total += N / K * torch.cat(ce) / n.clamp(min=1)  # N x mean over n (E4); n = 0: all given
     return total
 
 
@@ -281,14 +272,13 @@ ORDERS = {  # log p (n, V) of the masked positions, their columns (n,) -> score;
     "random": lambda logp, column: torch.zeros(len(logp), device=logp.device),
     "l2r": lambda logp, column: -column.float(),
     "maxprob": lambda logp, column: logp.amax(1),  # the confidence
-    "margin": lambda logp, column: -logp.topk(2).values.exp().diff(dim=1)[:, 0],  # 1st - 2nd
-    "entropy": lambda logp, column: (logp.exp() * logp).nan_to_num(0).sum(1),  # minus it
+    "margin": lambda logp, column: -logp.topk(2).values.exp().diff(dim=1)[:, 0],  # p of 1st - 2nd
+    "entropy": lambda logp, column: (logp.exp() * logp).nan_to_num(0).sum(1),  # minus the entropy
 }
 
 
 def filter_logits(logits, cfg):
-    """Temperature, then top-k, then top-p: logits (n, V) with -inf at what is cut. Top-k keeps
-    ties; top-p keeps the smallest set that holds top_p, at least one token."""
+    """Logits (n, V) at a temperature, -inf at what top-k (which keeps ties) or top-p removes."""
     if cfg.temperature == 0:
         return torch.full_like(logits, -torch.inf).scatter(1, logits.argmax(1, True), 0.0)
     logits = logits / cfg.temperature
@@ -297,7 +287,7 @@ def filter_logits(logits, cfg):
     if cfg.top_p < 1:
         value, index = logits.sort(descending=True)
         p = value.softmax(1)
-        cut = p.cumsum(1) - p >= max(cfg.top_p, 1e-6)  # the tokens before it hold enough
+        cut = p.cumsum(1) - p >= max(cfg.top_p, 1e-6)  # likelier tokens hold top_p
         logits = logits.masked_fill(cut.gather(1, index.argsort(1)), -torch.inf)
     return logits
 
@@ -311,21 +301,21 @@ def categorical(logits, g):
 
 
 def draw_length(model, x, is_wanted, cfg, g):
-    """Rows x (B, T) with EOS from a drawn length on. EOS fill a row: P(EOS at i) is P(length <= i)
-    (cummax: the network's may fall). No temperature, top-k or top-p. Full rows get no EOS."""
+    """Rows x (B, T) with EOS from a drawn length on. A perfect model has P(EOS at i) = P(length <=
+    i), which rises with i (cummax makes it). Unfiltered logits; a row may stay without EOS."""
     p_eos = torch.zeros(x.shape, device=x.device)
     p_eos[is_wanted] = model(x, is_wanted).float().softmax(1)[:, cfg.eos]
-    is_end = is_wanted.flip(1).cumprod(1).flip(1) > 0  # wanted, as all to its right
+    is_end = is_wanted.flip(1).cumprod(1).flip(1) > 0  # the wanted positions at the end of a row
     u = torch.rand(len(x), 1, generator=g).to(x.device)
     return x.masked_fill(is_end & (u < (p_eos * is_end).cummax(1).values), cfg.eos)
 
 
 def step_counts(num_masked, N, t, s, cfg, g):
-    """How many tokens the step t -> s unmasks and remasks, two (B,), of N to generate, of which
-    num_masked are masked: means of (E5) and (E6) for gamma_t = t, rounded, with the largest
-    sigma, ReMDM's eta = 1. lab/decoding.py has other schedules and eta, and draws with g."""
+    """How many tokens the step t -> s unmasks and remasks, two (B,). num_masked of N are masked.
+    They are the means of (E5) and (E6) for gamma_t = t, rounded, with the largest sigma (ReMDM's
+    eta = 1). lab/decoding.py has other schedules and eta, and draws numbers with g."""
     left = torch.minimum(num_masked, (N * s + 1e-6).floor().long())  # at s; 1e-6: float error
-    sigma = min(1.0, s / (1 - t)) if t < 1 and cfg.remask != "none" else 0.0  # larger: (E6) > 1
+    sigma = min(1.0, s / (1 - t)) if t < 1 and cfg.remask != "none" else 0.0  # more: (E6) > 1
     num_remask = torch.minimum((sigma * (N - num_masked)).round().long(), left)  # (E6)
     return num_masked - left + num_remask, num_remask  # (E5)
 
@@ -341,7 +331,7 @@ def sample(model, x, cfg, g, is_wanted=None, on_step=lambda nfe, x: None, step_c
         x, nfe = draw_length(model, x, is_wanted, cfg, g), 1
         on_step(nfe, x)
         is_wanted &= x == M
-    drawn_logp = torch.zeros(x.shape, device=x.device)  # log p of every token that was drawn
+    drawn_logp = torch.zeros(x.shape, device=x.device)  # of each token when it was drawn
     N = is_wanted.sum(1).cpu()
     times = torch.linspace(1, 0, (cfg.num_steps or int(N.max())) + 1, dtype=torch.float64).tolist()
     for t, s in zip(times, times[1:]):
@@ -399,7 +389,7 @@ def evaluate(model, data, cfg, split="val", n=128, nelbo=nelbo):
 
 
 def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sample=sample):
-    """Train as cfg says; returns the averaged model. What it makes is in the run folder."""
+    """Train as cfg says, write log, checkpoints and samples to the run folder, return the EMA."""
     with common.Run(cfg) as run:
         data = load_data(cfg, quiet=run.rank > 0)
         torch.manual_seed(cfg.seed)
@@ -428,16 +418,16 @@ def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sampl
                 total += loss.detach()
             run.all_reduce([total] + [p.grad for p in model.parameters() if p.grad is not None])
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            total, norm = torch.stack((total, norm)).tolist()  # here a GPU is waited for
+            total, norm = torch.stack((total, norm)).tolist()  # waits for the GPU
             if not math.isfinite(total + norm):
                 raise common.UserError(f"loss {total}, gradient {norm} at step {step}: lower --lr")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             step += 1
-            beta = min(cfg.ema, (1 + step) / (10 + step))  # warms up: early weights fade
-            new = [p.detach() for p in model.parameters()]
-            torch._foreach_lerp_([*ema.parameters()], new, 1 - beta)
+            beta = min(cfg.ema, (1 + step) / (10 + step))  # smaller at first: early weights fade
+            weights = [p.detach() for p in model.parameters()]
+            torch._foreach_lerp_([*ema.parameters()], weights, 1 - beta)
             run.log_step(step, x0.numel(), total, grad_norm=norm, lr=get_lr(step - 1, cfg))
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 run.save(step, *state)
@@ -454,7 +444,7 @@ def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sampl
 # ---- 7. main -----------------------------------------------------------------------------------
 def main(argv, Config=Config, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo,
          sample=sample):
-    """train (default), sample or eval. lab/ passes variants of the last arguments."""
+    """train (default), sample or eval. lab/ passes other functions."""
     command, cfg = common.parse(Config, PRESETS, argv)
     if command == "train":
         return train(cfg, Model, corrupt, loss_fn, nelbo, sample)
