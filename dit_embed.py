@@ -307,7 +307,7 @@ def corrupt(x0, cfg, g):
     mean over the noisy positions of a row, then over rows."""
     B, T = x0.shape
     u = ((torch.arange(B) + torch.rand(1, generator=g)) / B)[:, None]  # low-discrepancy
-    t = (0.1 + 0.9 * u) ** 0.75  # more noise than the bound has, t = u: learns faster (see LOG.md)
+    t = u if cfg.steps >= 4000 else (0.1 + 0.9 * u) ** 0.75  # more noise: better in short runs
     own, lam, _ = noise_levels(t, position_times(x0.shape, cfg, g), cfg)
     noise = g if x0.device.type == "cpu" else torch.Generator(x0.device).manual_seed(
         int(torch.randint(2 ** 62, (), generator=g)))  # much of it: drawn where it is used

@@ -242,7 +242,8 @@ def corrupt(x0, cfg, g):
     has the codes. --loss nelbo: each token's weight is -d lam / dt, over B T."""
     (B, T), K = x0.shape, max(1, (cfg.vocab_size - 1).bit_length())
     u = ((torch.arange(B) + torch.rand(1, generator=g)) / B)[:, None]  # low-discrepancy
-    t = u if cfg.loss == "nelbo" else (0.1 + 0.9 * u) ** 0.75
+    is_tilted = cfg.loss != "nelbo" and cfg.steps < 4000
+    t = (0.1 + 0.9 * u) ** 0.75 if is_tilted else u
     is_given = None
     if cfg.prefix:
         share = (torch.rand(B, 1, generator=g) < cfg.prefix) * torch.rand(B, 1, generator=g)

@@ -276,7 +276,8 @@ def corrupt(x0, cfg, g):
     loss, of its rounding loss, and 1 where this step uses self-conditioning."""
     (B, T), is_given = x0.shape, torch.zeros(x0.shape, dtype=torch.bool)
     u = ((torch.arange(B) + torch.rand(1, generator=g)) / B)[:, None]
-    t = (0.1 + 0.9 * u) ** 0.75 if cfg.loss_type == "ce" else u
+    is_tilted = cfg.loss_type == "ce" and cfg.steps < 4000
+    t = (0.1 + 0.9 * u) ** 0.75 if is_tilted else u
     if cfg.prefix:
         share = (torch.rand(B, 1, generator=g) < cfg.prefix) * torch.rand(B, 1, generator=g)
         is_given = torch.arange(T) < (T * share).floor()

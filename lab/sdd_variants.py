@@ -258,7 +258,7 @@ def corrupt(x0, cfg, g):
             size = (torch.rand(B, 1, generator=g) < cfg.prefix) * torch.rand(B, 1, generator=g)
             is_given = torch.arange(T) < (T * size).floor()
             tau = sdd.position_times(x0.shape, cfg, g, is_given)
-        u = (t ** (1 / 0.75) - 0.1) / 0.9  # the bound is about evenly spread times
+        u = (t ** (1 / 0.75) - 0.1) / 0.9 if cfg.steps < 4000 else t  # evenly spread
         drawn[:] = noise_levels(u if cfg.loss == "nelbo" else t, tau, cfg)
         return drawn
     prec, eps, weight = sdd.corrupt(x0, cfg, g, levels)
