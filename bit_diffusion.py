@@ -7,7 +7,7 @@ same codes, but Gaussian noise. lab/bit_variants.py: bit head with BCE, mixtures
     python bit_diffusion.py     10 minutes, 2 CPU cores: val <= 1.60 nats/token (entropy 0.91)
     python bit_diffusion.py sample --prompt "Once upon a time" --num-samples 3 --trace
     python bit_diffusion.py sample --infill "Once upon a ___ there was ___"
-    python bit_diffusion.py eval    the bound on the test split, samples
+    python bit_diffusion.py eval    the bound on 500 test rows, samples
     python lab/bit_variants.py --head bit       predict clean bits, BCE: K outputs, not V
 
 Equations. C (V, K) holds a code of +-1 for each token, K = ceil(log2 V); row C_v is token v's.
@@ -328,8 +328,8 @@ def corrupt(x0, cfg, g):
 
 
 def loss_fn(model, x0, bits, lam, weight):
-    """Cross-entropy of the noisy tokens; BCE of bits is in lab/bit_variants.py. Not the NELBO (E6):
-    trained on this, the NELBO ends lower. A sum, so that the losses of micro-batches add up."""
+    """Weighted cross-entropy of the noisy tokens. Not the NELBO, which ends lower when this is
+    trained; micro-batches add up. lab/bit_variants.py has the cross-entropy of bits."""
     at_noisy = (weight > 0).nonzero(as_tuple=True)
     logits = model(bits, lam, at_noisy)
     return (F.cross_entropy(logits, x0[at_noisy], reduction="none") * weight[at_noisy]).sum()
@@ -337,9 +337,9 @@ def loss_fn(model, x0, bits, lam, weight):
 
 @torch.no_grad()
 def nelbo(model, x0, cfg, g, K=8, is_given=None):
-    """Upper bound (E6) on -log p(x0) in nats per row, (B,), estimated without bias from K times,
-    evenly spaced from an offset per row. With a boolean `is_given` (B, T) it bounds -log p(the
-    other tokens | those)."""
+    """Unbiased estimate of an upper bound (E6) on -log p(x0) in nats per row, (B,), from K times,
+    stratified. With a boolean `is_given` (B, T) it is a bound on -log p(the other tokens | the
+    given ones)."""
     (B, T), device = x0.shape, x0.device
     is_given = torch.zeros(B, T, dtype=torch.bool) if is_given is None else is_given.cpu()
     clean, u, total = model.codes[x0], torch.rand(B, 1, generator=g), 0
@@ -383,12 +383,12 @@ def categorical(logits, g):
 
 
 def draw_length(model, x, cfg, g):
-    """Rows x (B, T) with EOS from a drawn length on. EOS fill a row: P(EOS at i) is P(length <= i)
-    (cummax: the network's may fall). No temperature, top-k or top-p. Full rows get no EOS."""
+    """Rows x (B, T) with EOS from a drawn length on. A perfect model has P(EOS at i) = P(length <=
+    i), which rises with i (cummax makes it). Unfiltered logits; a row may stay without EOS."""
     is_given = x != cfg.vocab_size
     bits = q_sample(model.codes[x.masked_fill(~is_given, 0)], is_given * CLEAN, g)
     p_eos = model(bits, is_given * CLEAN).softmax(2)[..., cfg.eos]
-    is_end = (~is_given).flip(1).cumprod(1).flip(1) > 0  # wanted, as all to its right
+    is_end = (~is_given).flip(1).cumprod(1).flip(1) > 0  # the wanted positions at the end of a row
     u = torch.rand(len(x), 1, generator=g).to(x.device)
     return x.masked_fill(is_end & (u < (p_eos * is_end).cummax(1).values), cfg.eos)
 

@@ -6,7 +6,7 @@ lab: pretrained.py (weights of GPT-2, DiffuGPT), varlen_eval.py (length reports)
     python diffugpt_varlen.py   8 minutes, 2 CPU cores: val <= 1.92 nats/token (entropy 0.91)
     python diffugpt_varlen.py sample --prompt "Once upon a time" --num-samples 3 --trace
     python diffugpt_varlen.py sample --length-mode presampled
-    python diffugpt_varlen.py eval      the bound on the test split, samples
+    python diffugpt_varlen.py eval      the bound on 500 test rows, samples
 
 Equations. A canvas is text, EOS, PAD, PAD ...; L is the position of EOS (T: none), M the mask.
     (E1)  NELBO = sum_{n=1..T} 1/n E_{n masks} sum_masked -log p(x_i | x_t) >= -log p(x_0)
@@ -305,8 +305,8 @@ def corrupt(x0, cfg, g, step=math.inf, random_prompts=random_prompts):
 
 
 def loss_fn(model, x, xt, weight, attention_mask):
-    """Weighted cross-entropy, a scalar in nats per position that may be masked; without prompts,
-    crops and annealing NELBO / T. A sum, so that the losses of micro-batches add up."""
+    """Weighted cross-entropy in nats per position that may be masked; without prompts, crops and
+    annealing NELBO / T. Micro-batches add up."""
     at_target = (weight > 0).nonzero(as_tuple=True)
     logits = model(xt, at_target, attention_mask).float()
     return (weight[at_target] * F.cross_entropy(logits, x[at_target], reduction="none")).sum()
@@ -340,9 +340,9 @@ def nelbo_per_token(model, x0, cfg, g, K=8, is_given=None):
 
 
 def nelbo(model, x0, cfg, g, K=8, is_given=None):
-    """Upper bound on -log p(x0) in nats per row, (B,), estimated without bias from K evaluations a
-    row, n masks each, n stratified over 1..N with a random offset. With a boolean `is_given` (B, T)
-    it bounds -log p(the other N tokens | those). Pipeline arm: exact, of what follows a prompt."""
+    """Unbiased estimate of an upper bound on -log p(x0) in nats per row, (B,), from K evaluations a
+    row with n masks, n stratified over 1..N. With a boolean `is_given` (B, T) it is a bound on -log
+    p(the other N tokens | the given ones). Pipeline arm: exact, of what follows a prompt."""
     return nelbo_per_token(model, x0, cfg, g, K, is_given).sum(1)
 
 

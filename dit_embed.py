@@ -7,7 +7,7 @@ lab/dit_variants.py: eps / x0 / v prediction, beta schedules, DDIM, self-conditi
     python dit_embed.py         11 minutes, 2 CPU cores: val <= 1.68 nats/token (entropy 0.91)
     python dit_embed.py sample --prompt "Once upon a time" --num-samples 3 --trace
     python dit_embed.py sample --infill "Once upon a ___ there was ___"
-    python dit_embed.py eval    the bound on the test split, samples
+    python dit_embed.py eval    the bound on 500 test rows, samples
 
 Equations. E (V, d): row E_v of norm 1 is token v's vector; snr = alpha^2 / sigma^2, lam = log snr.
     (E1)  forward process: z_i = alpha_i E[x_0,i] + sigma_i eps, alpha^2 = sigmoid(lam_i) and
@@ -318,7 +318,7 @@ def corrupt(x0, cfg, g):
 
 
 def loss_fn(model, x0, lam, eps, weight):
-    """Sum of weight * cross-entropy. Not the NELBO, which ends lower when this is trained."""
+    """Weighted cross-entropy of the noisy tokens. The NELBO ends lower than if it were trained."""
     at_noisy = (weight > 0).nonzero(as_tuple=True)
     logits = model(q_sample(model.embeddings()[x0], lam, eps), lam, at_noisy)
     return (F.cross_entropy(logits, x0[at_noisy], reduction="none") * weight[at_noisy]).sum()
@@ -326,9 +326,9 @@ def loss_fn(model, x0, lam, eps, weight):
 
 @torch.no_grad()
 def nelbo(model, x0, cfg, g, K=8, is_given=None):
-    """Upper bound (E5) on -log p(x0) in nats per row, (B,), estimated without bias from K times,
-    stratified with a random offset per row, and t = 0. With a boolean `is_given` (B, T) it bounds
-    -log p(the other tokens | those)."""
+    """Unbiased estimate of an upper bound (E5) on -log p(x0) in nats per row, (B,), from K times,
+    stratified, and t = 0. With a boolean `is_given` (B, T) it is a bound on -log p(the other tokens
+    | the given ones)."""
     (B, T), device, E = x0.shape, x0.device, model.embeddings()
     is_given = torch.zeros(B, T, dtype=torch.bool) if is_given is None else is_given.cpu()
     u, tau = torch.rand(B, 1, generator=g), position_times(x0.shape, cfg, g, is_given)
@@ -380,14 +380,14 @@ def categorical(logits, g):
 
 
 def draw_length(model, x, cfg, g):
-    """Rows x (B, T) with EOS from a drawn length on. EOS fill a row: P(EOS at i) is P(length <= i)
-    (cummax: the network's may fall). No temperature, top-k or top-p. Full rows get no EOS."""
+    """Rows x (B, T) with EOS from a drawn length on. A perfect model has P(EOS at i) = P(length <=
+    i), which rises with i (cummax makes it). Unfiltered logits; a row may stay without EOS."""
     is_given = x != cfg.vocab_size
     lam, emb = torch.where(is_given, model.high, model.low), model.embeddings()[x * is_given]
     eps = torch.randn(emb.shape, generator=g).to(x.device)
     z = torch.where(is_given[..., None], q_sample(emb, lam, eps), eps)
     p_eos = model(z, lam).softmax(2)[..., cfg.eos]
-    is_end = (~is_given).flip(1).cumprod(1).flip(1) > 0  # wanted, as all to its right
+    is_end = (~is_given).flip(1).cumprod(1).flip(1) > 0  # the wanted positions at the end of a row
     u = torch.rand(len(x), 1, generator=g).to(x.device)
     return x.masked_fill(is_end & (u < (p_eos * is_end).cummax(1).values), cfg.eos)
 

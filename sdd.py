@@ -8,7 +8,7 @@ says why it cannot generate: only in training is the answer among the candidates
     python sdd.py               9 minutes, 2 CPU cores: val <= 1.55 nats/token (entropy 0.91)
     python sdd.py sample --prompt "Once upon a time" --num-samples 3 --trace
     python sdd.py sample --infill "Once upon a ___ there was ___"
-    python sdd.py eval          the bound on the test split, samples
+    python sdd.py eval          the bound on 500 test rows, samples
 
 Equations. prec_i >= 0: precision of position i, the SNR of z_i; e_v: the one-hot vector of token v.
     (E1)  forward process: z_i = prec_i e_x + sqrt(prec_i) eps, V numbers, x = x_0,i: observations
@@ -340,8 +340,8 @@ def corrupt(x0, cfg, g, noise_levels=noise_levels):
 
 
 def loss_fn(model, x0, prec, eps, weight):
-    """Cross-entropy of the noisy tokens, not the NELBO: trained on it, the NELBO ends lower. A sum,
-    so that the losses of micro-batches add up."""
+    """Weighted cross-entropy of the noisy tokens. Not the NELBO, which ends lower when this is
+    trained; micro-batches add up."""
     at_noisy, count = (weight > 0).nonzero(as_tuple=True), between(prec).sum(1)
     eps = eps[torch.arange(eps.shape[1], device=eps.device) < count[:, None]]  # (n, V)
     at_between = between(prec).nonzero(as_tuple=True)
@@ -352,9 +352,9 @@ def loss_fn(model, x0, prec, eps, weight):
 
 @torch.no_grad()
 def nelbo(model, x0, cfg, g, K=8, is_given=None, predict=predict, noise_levels=noise_levels):
-    """Upper bound (E6) on -log p(x0) in nats per row, (B,), estimated without bias from K times,
-    evenly spaced from an offset per row. With a boolean `is_given` (B, T) it bounds -log p(the
-    other tokens | those)."""
+    """Unbiased estimate of an upper bound (E6) on -log p(x0) in nats per row, (B,), from K times,
+    stratified. With a boolean `is_given` (B, T) it is a bound on -log p(the other tokens | the
+    given ones)."""
     (B, T), device, total = x0.shape, x0.device, 0
     is_given = torch.zeros(B, T, dtype=torch.bool) if is_given is None else is_given.cpu()
     tau, u = position_times(x0.shape, cfg, g, is_given), torch.rand(B, 1, generator=g)
@@ -399,12 +399,12 @@ def categorical(logits, g):
 
 
 def draw_length(model, x, cfg, g, predict):
-    """Rows x (B, T) with EOS from a drawn length on. EOS fill a row: P(EOS at i) is P(length <= i)
-    (cummax: the network's may fall). No temperature, top-k or top-p. Full rows get no EOS."""
+    """Rows x (B, T) with EOS from a drawn length on. A perfect model has P(EOS at i) = P(length <=
+    i), which rises with i (cummax makes it). Unfiltered logits; a row may stay without EOS."""
     is_given, p_eos = x != cfg.vocab_size, torch.zeros(x.shape, device=x.device)
     prec, no_z = torch.where(is_given, CLEAN, 0.0), torch.zeros(0, cfg.vocab_size, device=x.device)
     p_eos[~is_given] = predict(model, x, prec, no_z, ~is_given)[0].softmax(1)[:, cfg.eos]
-    is_end = (~is_given).flip(1).cumprod(1).flip(1) > 0  # wanted, as all to its right
+    is_end = (~is_given).flip(1).cumprod(1).flip(1) > 0  # the wanted positions at the end of a row
     u = torch.rand(len(x), 1, generator=g).to(x.device)
     return x.masked_fill(is_end & (u < (p_eos * is_end).cummax(1).values), cfg.eos)
 

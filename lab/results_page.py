@@ -16,10 +16,10 @@ import common
 from lab.compare_page import SIGN, cell, insert, markdown
 
 RESULTS = ROOT / "results"
-RUNS = ("ar ar_10000 mdlm mdlm_long mdlm_10000 dit_embed dit_embed_10000 bit_diffusion "
-        "bit_diffusion_long bit_diffusion_10000 bit_diffusion_head bit_diffusion_head_32 sdd sdd_long "
-        "sdd_10000 sdd_belief "
-        "diffugpt_varlen diffugpt_varlen_10000").split()
+RUNS = ("ar ar_10000 mdlm mdlm_long mdlm_10000 dit_embed dit_embed_long dit_embed_10000 "
+        "bit_diffusion bit_diffusion_long bit_diffusion_10000 bit_diffusion_head "
+        "bit_diffusion_head_32 sdd sdd_long sdd_10000 sdd_belief diffugpt_varlen "
+        "diffugpt_varlen_10000").split()
 TODAY = dict(  # commands of files from before the options had the names of today
     bit_diffusion_head="lab/bit_variants.py --head bit --out out/bit_head",
     bit_diffusion_head_32="lab/bit_variants.py --head bit --num-mixture 32 --out out/bit_head_32",
