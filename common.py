@@ -320,7 +320,7 @@ def show_samples(run, sample, model, tokenizer, cfg, step=None):
     if cfg.data == "tales":
         about |= {k: v for k, v in grade(texts).items() if k not in ("prefix", "true_nll")}
     run.say("\n\n".join(["", *texts[:None if step is None else 2], ""]) +
-            ", ".join(f"{k} {v:.3g}" for k, v in about.items()))
+            ", ".join(f"{k} {v:.3g}" for k, v in about.items()).replace("entropy", "token entropy"))
     if step is not None:
         run.log("samples", step, **about)
     if run.out.exists():  # not if the weights are the shipped ones
