@@ -11,8 +11,8 @@ same codes, but Gaussian noise. lab/bit_variants.py: bit head with BCE, mixtures
     python lab/bit_variants.py --head bit       predict clean bits, BCE: K outputs, not V
 
 Equations. C (V, K) holds a code of +-1 for each token, K = ceil(log2 V); row C_v is token v's.
-    (E1)  forward process: bit k of b_i (position i) is that of b_0,i = C[x_0,i] with probability
-          (1 + a_i) / 2, else flipped; lam_i = ln((1 + a_i) / (1 - a_i)) is the log-odds of that
+    (E1)  forward process: each bit of b_i (position i) is right, as in b_0,i = C[x_0,i], with
+          probability (1 + a_i) / 2, of log-odds lam_i = ln((1 + a_i) / (1 - a_i)), else flipped
     (E2)  own time of a position t_i = clamp((t - tau_i) / w, 0, 1), tau_i in [0, 1 - w], and a_i =
           a(t_i) falls from 1 to 0; w = 1: the usual process; w -> 0: one token after another
     (E3)  self-likelihood: log q(b_i | v) = 1/2 lam_i b_i.C_v + const, the same for all v
@@ -27,10 +27,9 @@ Equations. C (V, K) holds a code of +-1 for each token, K = ceil(log2 V); row C_
     (E8)  reverse step: a token v ~ p_i, then each bit from (E7) with C_v in place of b_0,i
 
 Shapes: B rows, T tokens, V vocabulary, K bits, H heads, D = C / H; C is the width in the model.
-Units: nats. Every position of a row is scored, also EOS padding. g: the CPU generator of all noise.
+Units: nats. Every position of a row is scored, also EOS padding. g seeds all noise.
 
-Differs from D3PM: own times (E2); a step mixes posteriors (E8): the mean of b_0 in (E7) would count
-b_t twice (notebook 04).
+Differs from D3PM: own times (E2). With E b_0 for b_0, (E7) would count b_t twice (notebook 04).
 """
 import copy
 import math
@@ -283,9 +282,9 @@ def noise_levels(t, tau, cfg):
     """Times t (B, 1) or a number, tau (B, T) -> log-odds lam, CLEAN for a clean position and 0 for
     pure noise, and -d lam / dt, 0 for these two: (B, T) each."""
     own = wide(((t - tau) / cfg.noise_window).clamp(0, 1))  # (E2)
-    lost, slope = (curve(own) for curve in SCHEDULES[cfg.schedule])  # 1 - a
+    lost, fall = (f(own) for f in SCHEDULES[cfg.schedule])  # 1 - a and its derivative
     lam = (2 / lost - 1).log().clamp(0, CLEAN)  # (E1)
-    slope = torch.where((lam > 0) & (lam < CLEAN), 2 * slope / (lost * (2 - lost)), 0.0)
+    slope = torch.where((lam > 0) & (lam < CLEAN), 2 * fall / (lost * (2 - lost)), 0.0)
     return lam.float().to(tau.device), slope / cfg.noise_window
 
 
@@ -328,8 +327,7 @@ def corrupt(x0, cfg, g):
 
 
 def loss_fn(model, x0, bits, lam, weight):
-    """Weighted cross-entropy of the noisy tokens. Not the NELBO, which ends lower when this is
-    trained; micro-batches add up. lab/bit_variants.py has the cross-entropy of bits."""
+    """Weighted cross-entropy of the noisy tokens. The NELBO ends lower than if it were the loss."""
     at_noisy = (weight > 0).nonzero(as_tuple=True)
     logits = model(bits, lam, at_noisy)
     return (F.cross_entropy(logits, x0[at_noisy], reduction="none") * weight[at_noisy]).sum()
@@ -410,8 +408,8 @@ def flip_probability(lam_t, lam_s, y):
 
 
 def predict_x0(model, logits, bits, lam, cfg, g):
-    """Codes (n, K) of tokens drawn from logits (n, V). The temperature divides net_i alone, not the
-    self-likelihood, an observation; top-k and top-p cut the sum of the two."""
+    """Codes (n, K) of tokens drawn from logits (n, V). The temperature divides net_i alone: the
+    self-likelihood is evidence, not a prediction. Top-k and top-p cut the sum of the two."""
     logits = logits + (cfg.temperature - 1) * model.self_likelihood(bits, lam)
     return model.codes[categorical(filter_logits(logits, cfg), g)]  # (E8)
 
@@ -419,7 +417,7 @@ def predict_x0(model, logits, bits, lam, cfg, g):
 @torch.no_grad()
 def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict_x0=predict_x0):
     """The reverse process: positions of x (B, T) with the mask id V become tokens, all else is
-    given. Returns x and NFE. on_step(nfe, ids) sees decoded bits, V where one is likely wrong."""
+    given. Returns x and NFE. on_step(nfe, ids): V where a token is improbable."""
     x, V, nfe, device = x.clone(), cfg.vocab_size, 0, x.device
     length_first = cfg.length_first and cfg.rows == "docs"
     if length_first and (x[:, -1] == V).any():

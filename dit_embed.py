@@ -24,7 +24,7 @@ Equations. E (V, d): row E_v of norm 1 is token v's vector; snr = alpha^2 / sigm
     (E7)  reverse step: v ~ p_i, z_s from (E6) with E_v for E[x_0]; at t = 0, the token v ~ p_i
 
 Shapes: B rows, T tokens, V vocabulary, C width, H heads, D = C / H, d embedding width. Units: nats.
-Every position of a row is scored, also EOS padding. g: the CPU generator of all noise.
+Every position of a row is scored, also EOS padding. g seeds all noise.
 
 Differs from the papers: own times (E2). From ar.py: noisy vectors in, adaLN-zero, no causal mask.
 """
@@ -187,8 +187,8 @@ class Block(nn.Module):
             return x + self.conv(x.mT[:, :, None])[:, :, 0].mT  # 2d: faster than 1d
 
     def forward(self, x, positions, ada, is_target=None):
-        """ada: six (B, T, C) that scale and shift. adaLN-zero (Peebles and Xie 2023, section 3.2):
-        residual outputs start at zero, so gates start at one; both zero would never learn."""
+        """ada: scale a, shift b, gate c, (B, T, C) each, twice: adaLN (Peebles and Xie 2023). Here
+        the residual outputs start at zero and gates at one; both at zero have no gradient."""
         x = self.convolve(x)
         a1, b1, c1, a2, b2, c2 = ada
         x = x + (1 + c1) * self.attn(self.norm1(x) * (1 + a1) + b1, positions)
@@ -255,7 +255,7 @@ class Model(nn.Module):
         return x
 
     def embed_noise(self, lam):
-        """Log-SNR (n,) -> (n, C): sinusoids of 1000 times the time, a linear layer, SiLU."""
+        """Log-SNR (n,) -> (n, C): sinusoids of 1000 t_i, a linear layer, SiLU."""
         freq = 10000 ** (-torch.arange(64, device=lam.device) / 64)
         angle = 1000 * ((self.high - lam) / (self.high - self.low))[:, None] * freq
         return F.silu(self.noise_in(torch.cat((angle.cos(), angle.sin()), 1)))
@@ -264,7 +264,7 @@ class Model(nn.Module):
         levels, index = lam.unique(return_inverse=True)  # each level is embedded once
         noise = self.embed_noise(levels)  # (number of levels, C)
         x = self.embed(z, lam) + F.embedding(index, 0.1 * self.noise_head(noise))
-        x = x + self.wpe.weight[:x.shape[1]]  # 0.1: AdamW moves the weights of the noise too fast
+        x = x + self.wpe.weight[:x.shape[1]]  # 0.1 slows AdamW on noise_head, ada_heads
         positions = torch.arange(x.shape[1], device=z.device)
         for k, (block, head) in enumerate(zip(self.blocks, self.ada_heads), 1):
             ada = F.embedding(index, 0.1 * head(noise)).chunk(6, 2)
@@ -318,7 +318,7 @@ def corrupt(x0, cfg, g):
 
 
 def loss_fn(model, x0, lam, eps, weight):
-    """Weighted cross-entropy of the noisy tokens. The NELBO ends lower than if it were trained."""
+    """Weighted cross-entropy of the noisy tokens. The NELBO ends lower than if it were the loss."""
     at_noisy = (weight > 0).nonzero(as_tuple=True)
     logits = model(q_sample(model.embeddings()[x0], lam, eps), lam, at_noisy)
     return (F.cross_entropy(logits, x0[at_noisy], reduction="none") * weight[at_noisy]).sum()
@@ -408,8 +408,8 @@ def posterior(lam_t, lam_s):
 
 
 def predict_x0(model, logits, z, lam, cfg, g):
-    """Embeddings (n, d) of tokens drawn from logits (n, V). The temperature divides net_i alone,
-    not the self-likelihood, an observation; top-k and top-p cut the sum of the two."""
+    """Embeddings (n, d) of tokens drawn from logits (n, V). The temperature divides net_i alone:
+    the self-likelihood is evidence, not a prediction. Top-k and top-p cut the sum of the two."""
     logits = logits + (cfg.temperature - 1) * model.self_likelihood(z, lam)
     return model.embeddings()[categorical(filter_logits(logits, cfg), g)]  # (E7)
 

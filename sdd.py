@@ -15,7 +15,7 @@ Equations. prec_i >= 0: precision of position i, the SNR of z_i; e_v: the one-ho
           of x add up as precision grows, Brownian motion with drift e_x
     (E2)  self-likelihood: log q(z_i | v) = z_i,v + const, the same for all v, so softmax(z_i) =
           p(x_0,i | z_i) under a uniform prior over tokens
-    (E3)  state_i: the k largest of softmax(z_i) as (token, log p), and the log of the other mass
+    (E3)  state_i: the k largest of softmax(z_i) as (token, log p), and log p of all other tokens
     (E4)  own time of a position t_i = clamp((t - tau_i) / w, 0, 1), tau_i in [0, 1 - w], and prec_i
           = -max(8, 2 ln V) ln t_i; w = 1: the same for all; w -> 0: masked diffusion
     (E5)  p_i = softmax(net_i(states) + z_i), net_i like a log prior
@@ -27,7 +27,7 @@ Equations. prec_i >= 0: precision of position i, the SNR of z_i; e_v: the one-ho
     (E8)  remasking, prec_s < prec_t: z_s = r z_t + sqrt(prec_t r (1 - r)) xi, r = prec_s / prec_t
 
 Shapes: B rows, T tokens, V vocabulary, K candidates, C width, H heads, D = C / H. Units: nats.
-Every position of a row is scored, also EOS padding. g: the CPU generator of all noise.
+Every position of a row is scored, also EOS padding. g seeds all noise.
 
 Differs from the original: forward process, bound, self-likelihood, own times, remasking.
 """
@@ -241,15 +241,15 @@ class Model(nn.Module):
             x = block(x, positions)
         x = self.blocks[-1](x, positions, is_target)
         net = self.head(self.norm(x)).float()
-        return self.CAP * (net / self.CAP).tanh()  # no context outweighs a certain observation
+        return self.CAP * (net / self.CAP).tanh()  # context cannot outweigh a certain z_i
 
 
 # ---- 4. corrupt and loss -----------------------------------------------------------------------
-CLEAN = 200.0  # precision of a clean position: z is largest at another token with odds of 1e-18
+CLEAN = 200.0  # precision of a clean position: z is largest elsewhere with probability 1e-18
 
 
 def between(prec):
-    """Where something, but not all is known, and z counts: boolean (B, T)."""
+    """Positions with a noisy z, neither clean nor unknown: boolean (B, T)."""
     return (prec > 0) & (prec < CLEAN)
 
 
@@ -340,8 +340,7 @@ def corrupt(x0, cfg, g, noise_levels=noise_levels):
 
 
 def loss_fn(model, x0, prec, eps, weight):
-    """Weighted cross-entropy of the noisy tokens. Not the NELBO, which ends lower when this is
-    trained; micro-batches add up."""
+    """Weighted cross-entropy of the noisy tokens. The NELBO ends lower than if it were the loss."""
     at_noisy, count = (weight > 0).nonzero(as_tuple=True), between(prec).sum(1)
     eps = eps[torch.arange(eps.shape[1], device=eps.device) < count[:, None]]  # (n, V)
     at_between = between(prec).nonzero(as_tuple=True)
@@ -454,12 +453,12 @@ def sample(model, x, cfg, g, on_step=lambda *_: None, predict=predict, noise_lev
         nfe += 1
         if length_first:
             logits[:, cfg.eos] = -torch.inf
-        # 2. choose positions, the most confident first: of those of which nothing is known, or with
-        #    remasking of all: noisy ones first, so in the first half each clean token is redrawn
+        # 2. choose positions, the most confident first. remask conf: all get new times, noisy ones
+        #    the latest; a clean one whose new time is early becomes noisy and is drawn again
         if cfg.order == "maxprob":
             conf[is_target] = (logits.amax(1) - logits.logsumexp(1)).exp()
             score = conf
-            if cfg.remask == "conf":  # clean: largest gumbel - p goes first, p when it was drawn
+            if cfg.remask == "conf":  # clean ones: a draw by the weights exp(-p)
                 gumbel = -(-torch.rand(x.shape, generator=g).to(device).log()).log()
                 score = torch.where(prec < CLEAN, 1000 + conf, conf - gumbel)
             is_waiting = ~is_given if cfg.remask == "conf" else prec == 0
@@ -467,7 +466,7 @@ def sample(model, x, cfg, g, on_step=lambda *_: None, predict=predict, noise_lev
             prec_s = noise_levels((k - 1) / steps, tau, cfg)[0]
             keep, is_target = (prec_s > prec)[is_target], prec_s > prec
             logits, own = logits[keep], own[keep]
-        # 3. draw: temperature scales net only, own is an observation; top-k and top-p cut the sum
+        # 3. draw: temperature divides net only, own is evidence; top-k and top-p cut the sum
         kept = filter_logits(logits + (cfg.temperature - 1) * own, cfg)
         tokens = kept.argmax(1) if cfg.sampler == "deterministic" else categorical(kept, g)
         h = F.one_hot(tokens, V).to(z)
