@@ -17,6 +17,7 @@ import pytest
 import ar
 import bit_diffusion
 import common
+import fast
 import diffugpt_varlen
 import dit_embed
 import mdlm
@@ -74,7 +75,7 @@ def idle(monkeypatch, tmp_path):
         (tmp_path / "out/mdlm" / name).write_text(text)
     monkeypatch.setattr(common, "load_config", lambda Config, out, **_: Config())
     monkeypatch.setattr(common, "Run", stop)
-    monkeypatch.setattr(common, "pick_device", stop)
+    monkeypatch.setattr(fast, "pick_device", stop)
     for script in SCRIPTS:
         monkeypatch.setattr(script, "train", stop)
     for part in ("show_samples", "plot_loss"):  # some commands switch them off

@@ -282,7 +282,7 @@ def test_a_text_with_holes_becomes_a_canvas(infill, rows, want):
     ("--batch-size 0", "--batch-size is 0, it must be at least 1"),
     ("--warmup 0", "--warmup is 0, it must be at least 1"),
     ("--lr nan", "--lr is nan, it must be at least 0"),
-    ("--top-p 1.5", "--top-p 1.5 must be at most 1"), ("--ema 1", "--ema 1.0 less than 1"),
+    ("--top-p 1.5", "--top-p (1.5) must be at most 1"), ("--ema 1", "--ema (1.0) less than 1"),
     ("--seed 1" + "0" * 30, "less than 2^31"), ("--top-k -1", "--top-k is -1"),
     ("--batch-size 0 --seq-len 0 --n-embd 30 --lr -1", "--seq-len is 0, it must be at least 1 and "
      "less than 2^31; --batch-size is 0"),
