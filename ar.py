@@ -65,7 +65,7 @@ class Config:
     warmup: int = 50  # steps of linear warm-up; then linearly to zero
     ema: float = 0.99  # moving average of the weights, which is evaluated and saved; 0 = off
     eval_every: int = 200  # steps between evaluations and checkpoints
-    # sampling; the likelihood knows no temperature, top_k and top_p
+    # sampling; the likelihood is without temperature, top_k and top_p
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
     trace: bool = False  # print the trajectory of the first sample

@@ -228,7 +228,7 @@ class Run:
     def resume(self, tokenizer, model, ema, optimizers, g):
         """Put back what save() wrote; returns the step."""
         with usable(self.out / "state.pt") as path:
-            state = torch.load(path, map_location="cpu", weights_only=True)  # AdamW steps there
+            state = torch.load(path, map_location="cpu", weights_only=True)  # parts move later
             if state["tokenizer"] != tokenizer.fingerprint:
                 raise ValueError(f"another tokenizer than the {tokenizer.name} of these data")
             for part, stored in zip((model, ema, *optimizers), state["parts"]):

@@ -16,7 +16,7 @@ import common
 from lab.compare_page import SIGN, cell, insert, markdown
 
 RESULTS = ROOT / "results"
-RUNS = ("ar ar_10000 mdlm mdlm_long mdlm_10000 dit_embed dit_embed_long dit_embed_10000 "
+RUNS = ("ar ar_10000 mdlm mdlm_long mdlm_10000 dit_embed dit_embed_10000 "
         "bit_diffusion bit_diffusion_long bit_diffusion_10000 bit_diffusion_head "
         "bit_diffusion_head_32 sdd sdd_long sdd_10000 sdd_belief diffugpt_varlen "
         "diffugpt_varlen_10000").split()
