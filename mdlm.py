@@ -23,8 +23,8 @@ Shapes: B rows, T tokens, V vocabulary, C width, H heads, D = C / H. Units: nats
 a row is scored, also the EOS that fill it up: the model is not told the length. g draws all noise.
 
 Differs from the paper: training draws the number of masks n and not t; runs of less than 4000 steps
-draw n with P(n) proportional to n, and their loss is no bound (nelbo is). Sampling draws the length
-first, then unmasks fixed numbers of tokens, the most confident first. Differs from ar.py (see there
+draw n with P(n) nearly proportional to n; their loss is no bound (nelbo is). Sampling draws the
+length first, then unmasks fixed numbers of tokens, the most confident first. Differs from ar.py (see there
 for GPT-2): attention and convolutions look to both sides, and positions are learned, too.
 """
 import copy
