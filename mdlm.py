@@ -25,8 +25,7 @@ a row is scored, also the EOS that fill it up: the model is not told the length.
 Differs from the paper: training draws the number of masks n and not t; runs of less than 4000 steps
 draw n with P(n) nearly proportional to n; their loss is no bound (nelbo is). Sampling draws the
 length first, then unmasks fixed numbers of tokens, the most confident first. Differs from ar.py
-(see there for GPT-2): attention and convolutions look to both sides, and positions are learned,
-too.
+(see it for GPT-2): attention and convolutions look both ways, and positions are also learned.
 """
 import copy
 import math
