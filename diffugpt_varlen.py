@@ -5,7 +5,7 @@ lab: pretrained.py (weights of GPT-2, DiffuGPT), varlen_eval.py (length reports)
 
     python diffugpt_varlen.py   8 minutes, 2 CPU cores: val <= 1.92 nats/token (entropy 0.91)
     python diffugpt_varlen.py sample --prompt "Once upon a time" --num-samples 3 --trace
-    python diffugpt_varlen.py sample --length-mode presampled
+    python diffugpt_varlen.py sample --length-mode truncate
     python diffugpt_varlen.py eval      the bound on 500 test rows, samples
 
 Equations. A canvas is text, EOS, PAD, PAD ...; L is the position of EOS (T: none), M the mask.
@@ -89,7 +89,7 @@ class Config:
     num_steps: int = 80  # a step unmasks T / num_steps tokens, rounded up; 0 = one
     order: Literal["random", "l2r", "maxprob", "margin", "entropy"] = "maxprob"  # unmasked first
     # how much of the row is computed, and when its length is decided: see sample()
-    length_mode: Literal["fixed", "truncate", "quantile", "blockwise", "presampled"] = "truncate"
+    length_mode: Literal["fixed", "truncate", "quantile", "blockwise", "presampled"] = "presampled"
     length_quantile: float = 0.9  # quantile: the canvas is long enough with this probability
     block_size: int = 32  # quantile, blockwise: tokens that one extension adds
     temperature: float = 0.5  # below 1: safer, less varied; 0: the most likely token
@@ -440,7 +440,8 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, length_dist=length_dis
     x) sees x before it is cut. At temperature 1 and one token per step the length modes have one
     distribution (E5): fixed computes the whole row; truncate stops behind the first EOS or PAD;
     quantile begins with a canvas that holds L with probability length_quantile, blockwise with one
-    block, and both grow; presampled draws L first, at temperature 1, and writes the EOS there."""
+    block, and both grow; presampled draws L first, at temperature 1, and writes the EOS there. With
+    order maxprob and temperature 0.5 the others end most texts too early (see LOG.md)."""
     if cfg.pipeline == "arm":
         return sample_ar(model, x, cfg, g, on_step)
     (n, T), V, M, docs, nfe = x.shape, cfg.vocab_size, cfg.vocab_size + 1, cfg.rows == "docs", 0

@@ -535,7 +535,7 @@ class Settings:
     attn_annealing_steps: int = 1
     p_prompt: float = 0.2
     p_crop: float = 0.25
-    length_mode: str = "truncate"
+    length_mode: str = "presampled"
     sampler: str = "token"
     length_first: bool = True
     steps: int = 1600
