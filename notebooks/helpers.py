@@ -117,14 +117,15 @@ def plot_training(*names):
             points = [(p["step"] + runs[name]["parent_steps"], p[key])
                       for p in runs[name]["points"] if p["step"]]
             axes.plot(*zip(*points), marker="o", ms=3, color=COLORS[name], label=f"{name}.py")
-        entropy_line(axes, real, "entropy" if key == "nats_per_doc" else "real stories")
+        entropy_line(axes, real, "entropy; real stories")
         axes.set(xlabel="training steps", title=title)
     panels[0].set(yscale="log")
     low, high = panels[0].get_ylim()
     panels[0].set_yticks(y := [y for y in (100, 150, 200, 300, 400) if low < y < high], y)
     panels[0].minorticks_off()
     panels[1].set(ylim=(-0.02, 1.05))
-    panels[0].legend(fontsize=7)
+    panels[0].figure.legend(*panels[0].get_legend_handles_labels(), ncol=7, fontsize=8,
+                            loc="outside lower center")
 
 
 # ---- text and films ------------------------------------------------------------------------------
