@@ -334,25 +334,25 @@ def loss_fn(model, x0, bits, lam, weight):
 
 
 @torch.no_grad()
-def nelbo(model, x0, cfg, g, K=8, is_given=None):
-    """Unbiased estimate of an upper bound (E6) on -log p(x0) in nats per row, (B,), from K times,
-    stratified. With a boolean `is_given` (B, T) it is a bound on -log p(the other tokens | the
-    given ones)."""
+def nelbo(model, x0, cfg, g, draws=8, is_given=None):
+    """Unbiased estimate of an upper bound (E6) on -log p(x0) in nats per row, (B,), from stratified
+    times, `draws` in number. With a boolean `is_given` (B, T) it is a bound on -log p(the other
+    tokens | the given ones)."""
     (B, T), device = x0.shape, x0.device
     is_given = torch.zeros(B, T, dtype=torch.bool) if is_given is None else is_given.cpu()
     clean, u, total = model.codes[x0], torch.rand(B, 1, generator=g), 0
     tau = position_times(x0.shape, cfg, g, is_given)
     first = tau.amin(1, keepdim=True).clamp(max=1)  # lam changes between these times only
     last = tau.masked_fill(is_given, -cfg.noise_window).amax(1, keepdim=True) + cfg.noise_window
-    for k in range(K):
-        lam, slope = noise_levels(first + (last - first) * (k + u) / K, tau, cfg)
+    for k in range(draws):
+        lam, slope = noise_levels(first + (last - first) * (k + u) / draws, tau, cfg)
         bits, nats = q_sample(clean, lam.to(device), g), torch.zeros(B, T).double()
         for i in torch.arange(B).split(64):
             lam_i, target = lam[i].to(device), (slope[i] > 0).to(device)
             odds = bit_logits(model, model(bits[i], lam_i, target))
             cost = nelbo_integrand(odds, bits[i][target], clean[i][target], lam_i[target])
             nats[i] = nats[i].masked_scatter(slope[i] > 0, cost.cpu())
-        total += ((last - first) / K * slope * nats).sum(1)  # (E6)
+        total += ((last - first) / draws * slope * nats).sum(1)  # (E6)
     return total
 
 
@@ -407,7 +407,7 @@ def flip_probability(lam_t, lam_s, y):
     return (jump * (-y * s).sigmoid() / (2 * (y * t).sigmoid())).clamp(max=1)  # (E7)
 
 
-def predict_x0(model, logits, bits, lam, cfg, g):
+def draw_x0(model, logits, bits, lam, cfg, g):
     """Codes (n, K) of tokens drawn from logits (n, V). The temperature divides net_i alone: the
     self-likelihood is evidence, not a prediction. Top-k and top-p cut the sum of the two."""
     logits = logits + (cfg.temperature - 1) * model.self_likelihood(bits, lam)
@@ -415,7 +415,7 @@ def predict_x0(model, logits, bits, lam, cfg, g):
 
 
 @torch.no_grad()
-def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict_x0=predict_x0):
+def sample(model, x, cfg, g, on_step=lambda nfe, x: None, draw_x0=draw_x0):
     """The reverse process: positions of x (B, T) with the mask id V become tokens, all else is
     given. Returns x and NFE. on_step(nfe, ids): V where a token is improbable."""
     x, V, nfe, device = x.clone(), cfg.vocab_size, 0, x.device
@@ -448,7 +448,7 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict_x0=predict_x0)
             logits, is_target = logits[(lam_s > lam)[is_target]], lam_s > lam
         # 3. draw: one reverse step; where lam_s is clean the codes become tokens
         bits_t, is_last = bits[is_target], lam_s[is_target] >= CLEAN
-        x0_hat = predict_x0(model, logits, bits_t, lam[is_target], cfg, g)
+        x0_hat = draw_x0(model, logits, bits_t, lam[is_target], cfg, g)
         y = wide(bits_t * x0_hat)
         f = flip_probability(lam[is_target][:, None], lam_s[is_target][:, None], y)
         flips = (torch.rand(f.shape, generator=g, dtype=torch.float64).to(f.device) < f).to(device)

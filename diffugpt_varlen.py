@@ -323,7 +323,7 @@ def target_nats(model, x, xt, is_target, attention_mask=None):
 
 
 @torch.no_grad()
-def nelbo_per_token(model, x0, cfg, g, K=8, is_given=None):
+def nelbo_per_token(model, x0, cfg, g, draws=8, is_given=None):
     """The terms of `nelbo`, those of each position, in nats: (B, T) float64 on the CPU."""
     x, (B, T) = to_canvas(x0, cfg), x0.shape
     allowed = torch.ones_like(x, dtype=torch.bool) if is_given is None else ~is_given
@@ -331,19 +331,19 @@ def nelbo_per_token(model, x0, cfg, g, K=8, is_given=None):
         causal = random_attention(T + 1, 0, x.device)
         return target_nats(model, x, x, allowed & (x != cfg.vocab_size), causal)
     N, u, total = allowed.sum(1).cpu(), torch.rand(B, generator=g), 0
-    for k in range(K):
-        n = torch.minimum(1 + ((k + u) / K * N).floor().long(), N)
+    for k in range(draws):
+        n = torch.minimum(1 + ((k + u) / draws * N).floor().long(), N)
         is_mask = top_positions(torch.zeros(x.shape, device=x.device), allowed, n, g)
         nats = target_nats(model, x, x.masked_fill(is_mask, cfg.vocab_size + 1), is_mask)
-        total += (N / K / n.clamp(min=1))[:, None] * nats  # N times the mean over n (E1)
+        total += (N / draws / n.clamp(min=1))[:, None] * nats  # N times the mean over n (E1)
     return total
 
 
-def nelbo(model, x0, cfg, g, K=8, is_given=None):
-    """Unbiased estimate of an upper bound on -log p(x0) in nats per row, (B,), from K evaluations a
-    row with n masks, n stratified over 1..N. With a boolean `is_given` (B, T) it is a bound on -log
-    p(the other N tokens | the given ones). Pipeline arm: exact, of what follows a prompt."""
-    return nelbo_per_token(model, x0, cfg, g, K, is_given).sum(1)
+def nelbo(model, x0, cfg, g, draws=8, is_given=None):
+    """Unbiased estimate of an upper bound on -log p(x0) in nats per row, (B,), from `draws` numbers
+    n of masks for each row, stratified over 1..N. With a boolean `is_given` (B, T) it is a bound on
+    -log p(the other N tokens | the given ones). Pipeline arm: exact, of what follows a prompt."""
+    return nelbo_per_token(model, x0, cfg, g, draws, is_given).sum(1)
 
 
 # ---- 5. sample ---------------------------------------------------------------------------------

@@ -325,10 +325,10 @@ def loss_fn(model, x0, lam, eps, weight):
 
 
 @torch.no_grad()
-def nelbo(model, x0, cfg, g, K=8, is_given=None):
-    """Unbiased estimate of an upper bound (E5) on -log p(x0) in nats per row, (B,), from K times,
-    stratified, and t = 0. With a boolean `is_given` (B, T) it is a bound on -log p(the other tokens
-    | the given ones)."""
+def nelbo(model, x0, cfg, g, draws=8, is_given=None):
+    """Unbiased estimate of an upper bound (E5) on -log p(x0) in nats per row, (B,), from stratified
+    times, `draws` in number, and t = 0. With a boolean `is_given` (B, T) it is a bound on -log
+    p(the other tokens | the given ones)."""
     (B, T), device, E = x0.shape, x0.device, model.embeddings()
     is_given = torch.zeros(B, T, dtype=torch.bool) if is_given is None else is_given.cpu()
     u, tau = torch.rand(B, 1, generator=g), position_times(x0.shape, cfg, g, is_given)
@@ -337,21 +337,21 @@ def nelbo(model, x0, cfg, g, K=8, is_given=None):
     low = torch.tensor(logsnr_range(cfg)[1]).double()
     prior = 0.5 * (cfg.emb_dim * (-low.sigmoid() - F.logsigmoid(-low)) + low.sigmoid())
     total = prior * (~is_given).sum(1)  # (E5)
-    for k in range(K + 1):
-        t = first + (last - first) * (k + u) / K if k < K else torch.zeros(B, 1)
+    for k in range(draws + 1):
+        t = first + (last - first) * (k + u) / draws if k < draws else torch.zeros(B, 1)
         _, lam, slope = noise_levels(t, tau, cfg)
-        is_target = slope > 0 if k < K else ~is_given
+        is_target = slope > 0 if k < draws else ~is_given
         eps, nats = torch.randn(B, T, cfg.emb_dim, generator=g), torch.zeros(B, T).double()
         for i in torch.arange(B).split(64):
             x, lam_i, target = x0[i.to(device)], lam[i].to(device), is_target[i].to(device)
             logits = model(q_sample(E[x], lam_i, eps[i].to(device)), lam_i, target)
-            if k == K:  # reconstruction
+            if k == draws:  # reconstruction
                 cost = F.cross_entropy(logits, x[target], reduction="none")
             else:  # diffusion: d snr = snr d lam
                 error = (model.x0_hat(logits) - E[x[target]]).square().sum(1)
                 cost = 0.5 * lam_i[target].exp() * error
             nats[i] = nats[i].masked_scatter(is_target[i], cost.cpu().double())
-        total += (nats * ((last - first) / K * slope if k < K else 1)).sum(1)  # (E5)
+        total += (nats * ((last - first) / draws * slope if k < draws else 1)).sum(1)  # (E5)
     return total
 
 
@@ -407,7 +407,7 @@ def posterior(lam_t, lam_s):
     return (ratio * (1 - c))[..., None], b[..., None], sigma_q[..., None]  # (E6)
 
 
-def predict_x0(model, logits, z, lam, cfg, g):
+def draw_x0(model, logits, z, lam, cfg, g):
     """Embeddings (n, d) of tokens drawn from logits (n, V). The temperature divides net_i alone:
     the self-likelihood is evidence, not a prediction. Top-k and top-p cut the sum of the two."""
     logits = logits + (cfg.temperature - 1) * model.self_likelihood(z, lam)
@@ -415,7 +415,7 @@ def predict_x0(model, logits, z, lam, cfg, g):
 
 
 @torch.no_grad()
-def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict_x0=predict_x0):
+def sample(model, x, cfg, g, on_step=lambda nfe, x: None, draw_x0=draw_x0):
     """The reverse process: positions of x (B, T) with the mask id V become tokens, all else is
     given. Returns x and NFE. on_step(nfe, x) sees x, V where softmax of (E3) is below 1/2."""
     x, V, nfe, device = x.clone(), cfg.vocab_size, 0, x.device
@@ -456,7 +456,7 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, predict_x0=predict_x0)
             on_step(nfe, x)
             break
         z_t, lam_t = z[is_target], lam[is_target]
-        E_v = predict_x0(model, logits, z_t, lam_t, cfg, g)
+        E_v = draw_x0(model, logits, z_t, lam_t, cfg, g)
         a, b, sigma_q = posterior(lam_t, lam_s[is_target])
         xi = torch.randn(z.shape, generator=g).to(device)[is_target]
         z = z.masked_scatter(is_target[..., None], a * z_t + b * E_v + sigma_q * xi)  # (E7)

@@ -253,17 +253,17 @@ def loss_fn(model, x0, xt, weight):
 
 
 @torch.no_grad()
-def nelbo(model, x0, cfg, g, K=8, is_given=None):
-    """Unbiased estimate of an upper bound on -log p(x0) in nats per row, (B,), from K evaluations a
-    row with n masks, n stratified over 1..N. N is T, or with a boolean `is_given` (B, T) the number
-    of the other tokens; then the bound is on -log p(those | the given ones)."""
+def nelbo(model, x0, cfg, g, draws=8, is_given=None):
+    """Unbiased estimate of an upper bound on -log p(x0) in nats per row, (B,), from `draws` numbers
+    n of masks for each row, stratified over 1..N. N is T, or with a boolean `is_given` (B, T) the
+    number of the other tokens; then the bound is on -log p(those | the given ones)."""
     N = torch.full((len(x0),), x0.shape[1]) if is_given is None else (~is_given).sum(1).cpu()
     u, total = torch.rand(len(x0), generator=g), 0
-    for k in range(K):
-        n = torch.minimum(1 + ((k + u) / K * N).floor().long(), N)
+    for k in range(draws):
+        n = torch.minimum(1 + ((k + u) / draws * N).floor().long(), N)
         xt = mask_tokens(x0, n, cfg, g, is_given)
         ce = [masked_ce(model, *xs).cpu().double().sum(1) for xs in zip(x0.split(64), xt.split(64))]
-        total += N / K * torch.cat(ce) / n.clamp(min=1)  # N x mean over n (E4); n = 0: all given
+        total += N / draws * torch.cat(ce) / n.clamp(min=1)  # N x mean over n (E4); n = 0: given
     return total
 
 

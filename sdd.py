@@ -350,17 +350,17 @@ def loss_fn(model, x0, prec, eps, weight):
 
 
 @torch.no_grad()
-def nelbo(model, x0, cfg, g, K=8, is_given=None, predict=predict, noise_levels=noise_levels):
-    """Unbiased estimate of an upper bound (E6) on -log p(x0) in nats per row, (B,), from K times,
-    stratified. With a boolean `is_given` (B, T) it is a bound on -log p(the other tokens | the
-    given ones)."""
+def nelbo(model, x0, cfg, g, draws=8, is_given=None, predict=predict, noise_levels=noise_levels):
+    """Unbiased estimate of an upper bound (E6) on -log p(x0) in nats per row, (B,), from stratified
+    times, `draws` in number. With a boolean `is_given` (B, T) it is a bound on -log p(the other
+    tokens | the given ones)."""
     (B, T), device, total = x0.shape, x0.device, 0
     is_given = torch.zeros(B, T, dtype=torch.bool) if is_given is None else is_given.cpu()
     tau, u = position_times(x0.shape, cfg, g, is_given), torch.rand(B, 1, generator=g)
     first = tau.amin(1, keepdim=True).clamp(max=1)  # precision changes between these times only
     last = tau.masked_fill(is_given, -cfg.noise_window).amax(1, keepdim=True) + cfg.noise_window
-    for k in range(K):
-        prec, slope = noise_levels(first + (last - first) * (k + u) / K, tau, cfg)
+    for k in range(draws):
+        prec, slope = noise_levels(first + (last - first) * (k + u) / draws, tau, cfg)
         nats = torch.zeros(B, T).double()
         for i in torch.arange(B).split(64):
             x, prec_i, target = x0[i.to(device)], prec[i].to(device), (slope[i] > 0).to(device)
@@ -369,7 +369,7 @@ def nelbo(model, x0, cfg, g, K=8, is_given=None, predict=predict, noise_levels=n
             logits, _ = predict(model, x, prec_i, z, target)
             cost = 0.5 * squared_error(logits, x[target])
             nats[i] = nats[i].masked_scatter(slope[i] > 0, cost.cpu())
-        total += ((last - first) / K * slope * nats).sum(1)  # (E6)
+        total += ((last - first) / draws * slope * nats).sum(1)  # (E6)
     return total
 
 

@@ -271,7 +271,7 @@ def loss_fn(model, x0, flips, lam, weight):
 
 
 @torch.no_grad()
-def nelbo(model, x0, cfg, g, K=8, is_given=None):
+def nelbo(model, x0, cfg, g, draws=8, is_given=None):
     """bit_diffusion.nelbo for every head."""
     is_given = torch.zeros(x0.shape, dtype=torch.bool) if is_given is None else is_given.cpu()
     clean, u = model.codes[x0], torch.rand(len(x0), 1, generator=g)
@@ -279,15 +279,15 @@ def nelbo(model, x0, cfg, g, K=8, is_given=None):
     first = tau.amin(1, keepdim=True).clamp(max=1)
     last = tau.masked_fill(is_given, -cfg.noise_window).amax(1, keepdim=True) + cfg.noise_window
     total = torch.zeros(len(x0)).double()
-    for k in range(K):
-        lam, slope = noise_levels(first + (last - first) * (k + u) / K, tau, cfg)
+    for k in range(draws):
+        lam, slope = noise_levels(first + (last - first) * (k + u) / draws, tau, cfg)
         bits, nats = q_sample(clean, lam.to(x0.device), g), torch.zeros(x0.shape).double()
         for i in torch.arange(len(x0)).split(64):
             lam_i, target = lam[i].to(x0.device), (slope[i] > 0).to(x0.device)
             odds = bit_logits(model, model(bits[i], lam_i, target))
             cost = nelbo_integrand(odds, bits[i][target], clean[i][target], lam_i[target])
             nats[i] = nats[i].masked_scatter(slope[i] > 0, cost.cpu())
-        total += ((last - first) / K * slope * nats).sum(1)  # (E6)
+        total += ((last - first) / draws * slope * nats).sum(1)  # (E6)
     return total
 
 
@@ -341,13 +341,13 @@ def guided(model, bits, lam, is_target, is_given, w, g):
     return bayes_update(model, out + w * (out - uncond), *own)
 
 
-def predict_x0(model, out, bits, lam, cfg, g):
+def draw_x0(model, out, bits, lam, cfg, g):
     """Codes (n, K) that a step goes for, and the log-odds they were drawn with, None for tokens.
     Sampler token draws tokens, or the bits of one product; bit draws each bit by itself. The
     temperature acts on what the context says; the self-likelihood is an observation."""
     if cfg.head == "token":
         if cfg.sampler == "token":
-            return bit_diffusion.predict_x0(model, out, bits, lam, cfg, g), None  # (E8)
+            return bit_diffusion.draw_x0(model, out, bits, lam, cfg, g), None  # (E8)
         logits = filter_logits(bayes_update(model, out, bits, (cfg.temperature - 1) * lam), cfg)
         odds = bit_logits(model, logits).clamp(-CLEAN, CLEAN)
     else:
@@ -395,7 +395,7 @@ def sample_and_count(model, x, cfg, g, on_step=lambda nfe, x: None):
             lam_s = noise_levels((k - 1) / steps, tau, cfg)[0]
             out, is_target = out[(lam_s > lam)[is_target]], lam_s > lam
         bits_t, is_last = bits[is_target], lam_s[is_target] >= CLEAN
-        x0_hat, odds = predict_x0(model, out, bits_t, lam[is_target], cfg, g)
+        x0_hat, odds = draw_x0(model, out, bits_t, lam[is_target], cfg, g)
         ids = ids_of(x0_hat, codes)
         bad = is_last & (ids == V)
         num_invalid += bad.sum().item()

@@ -324,7 +324,7 @@ def loss_fn(model, x0, lam, eps, weight):
 
 
 @torch.no_grad()
-def nelbo_parts(model, x0, cfg, g, K=8, is_given=None):
+def nelbo_parts(model, x0, cfg, g, draws=8, is_given=None):
     """The parts of the bound (E5) in nats per row, prior, diffusion and reconstruction, (B,) each;
     and what diffusion is made of: at each position and time that counted, log-SNR `logsnr` and
     nats per unit of it `integrand`. The draws are those of dit_embed.nelbo."""
@@ -334,32 +334,32 @@ def nelbo_parts(model, x0, cfg, g, K=8, is_given=None):
     first = tau.amin(1, keepdim=True).clamp(max=1)
     last = tau.masked_fill(is_given, -cfg.noise_window).amax(1, keepdim=True) + cfg.noise_window
     diffusion, points = torch.zeros(B).double(), []
-    for k in range(K + 1):
-        t = first + (last - first) * (k + u) / K if k < K else torch.zeros(B, 1)
+    for k in range(draws + 1):
+        t = first + (last - first) * (k + u) / draws if k < draws else torch.zeros(B, 1)
         _, lam, slope = noise_levels(t, tau, cfg)
-        is_target = slope > 0 if k < K else ~is_given
+        is_target = slope > 0 if k < draws else ~is_given
         eps, nats = torch.randn(B, T, cfg.emb_dim, generator=g), torch.zeros(B, T).double()
         for i in torch.arange(B).split(64):
             lam_i, target, e = lam[i].to(device), is_target[i].to(device), emb[i.to(device)]
             z = q_sample(e, lam_i, eps[i].to(device))
-            if k == K:
+            if k == draws:
                 cost = reconstruction_nll(model, x0[i.to(device)], z, lam_i, target, cfg)
             else:
                 out, lam_i = predict(model, z, lam_i, target, cfg), lam_i[target]
                 error = squared_error(model, out, e[target], z[target], lam_i, cfg)
                 cost = 0.5 * lam_i.exp() * error
             nats[i] = nats[i].masked_scatter(is_target[i], cost.cpu().double())
-        if k < K:
-            diffusion += (nats * ((last - first) / K * slope)).sum(1)
+        if k < draws:
+            diffusion += (nats * ((last - first) / draws * slope)).sum(1)
             points.append(torch.stack((lam[is_target].double(), nats[is_target])))
     lam, integrand = torch.cat(points, 1)
     return dict(prior=(prior_kl(emb, cfg).cpu() * ~is_given).sum(1), diffusion=diffusion,
                 reconstruction=nats.sum(1), logsnr=lam, integrand=integrand)
 
 
-def nelbo(model, x0, cfg, g, K=8, is_given=None):
+def nelbo(model, x0, cfg, g, draws=8, is_given=None):
     """As dit_embed.nelbo, for every option."""
-    parts = nelbo_parts(model, x0, cfg, g, K, is_given)
+    parts = nelbo_parts(model, x0, cfg, g, draws, is_given)
     return parts["prior"] + parts["diffusion"] + parts["reconstruction"]
 
 
@@ -399,10 +399,10 @@ def nelbo_steps(model, x0, cfg, g, steps):
 
 
 # ---- sample --------------------------------------------------------------------------------------
-def predict_x0(model, out, z, lam, cfg, g):
+def draw_x0(model, out, z, lam, cfg, g):
     """The embeddings (n, d) that a step aims at, from the network's output (n, V) or (n, d)."""
     if cfg.sampler == "token":
-        return dit_embed.predict_x0(model, out, z, lam, cfg, g)
+        return dit_embed.draw_x0(model, out, z, lam, cfg, g)
     if cfg.prediction_type == "logits":  # the temperature is for the context, as in dit_embed.py
         out = filter_logits(out + (cfg.temperature - 1) * model.self_likelihood(z, lam), cfg)
     x0_hat, E = predict_x0_embedding(model, out, z, lam, cfg), model.embeddings()
@@ -484,7 +484,7 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None):
             x[is_target] = round_to_tokens(model, out, z_t, lam_t, cfg, g)
             on_step(nfe, x)
             break
-        x0_hat = predict_x0(model, out, z_t, lam_t, cfg, g)
+        x0_hat = draw_x0(model, out, z_t, lam_t, cfg, g)
         xi = torch.randn(z.shape, generator=g).to(device)[is_target]
         z = z.masked_scatter(is_target[..., None], reverse_step(x0_hat, z_t, lam_t,
                                                                 lam_s[is_target], xi, cfg))

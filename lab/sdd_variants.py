@@ -293,11 +293,11 @@ def loss_fn(model, x0, prec, eps, weight):
     return (cost * weight[is_target]).sum()
 
 
-def nelbo(model, x0, cfg, g, K=8, is_given=None):
+def nelbo(model, x0, cfg, g, draws=8, is_given=None):
     """sdd.nelbo."""
     if cfg.process == "original":
         raise common.UserError("the original process has no likelihood: its states hold the answer")
-    return sdd.nelbo(model, x0, cfg, g, K, is_given, functools.partial(predict, cfg=cfg),
+    return sdd.nelbo(model, x0, cfg, g, draws, is_given, functools.partial(predict, cfg=cfg),
                      noise_levels)
 
 

@@ -50,9 +50,9 @@ class Options:
 
 
 # ---- lengths -------------------------------------------------------------------------------------
-def nelbo_parts(model, x0, cfg, g, K=8):
+def nelbo_parts(model, x0, cfg, g, draws=8):
     """The bound of text, of the EOS and of PAD apart: (B, 3) nats per row."""
-    x, nats = script.to_canvas(x0, cfg).cpu(), script.nelbo_per_token(model, x0, cfg, g, K)
+    x, nats = script.to_canvas(x0, cfg).cpu(), script.nelbo_per_token(model, x0, cfg, g, draws)
     is_eos, is_pad = (x == cfg.eos) & (cfg.rows == "docs"), x == cfg.vocab_size
     return torch.stack([(nats * part).sum(1) for part in (~is_eos & ~is_pad, is_eos, is_pad)], 1)
 

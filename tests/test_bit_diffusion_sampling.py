@@ -115,7 +115,7 @@ def test_temperature_0_takes_what_the_context_favours(head, sampler):
     lam = torch.linspace(0, 3, 120).view(40, 3)
     cfg = config(model, sampler=sampler, temperature=0.0)
     out = model(bits, lam).flatten(0, 1)
-    got, _ = bit_variants.predict_x0(model, out, bits.flatten(0, 1), lam.flatten(), cfg,
+    got, _ = bit_variants.draw_x0(model, out, bits.flatten(0, 1), lam.flatten(), cfg,
                                      generator(2))
     if head == "token":
         best = (model.answer(bits, lam) - model.likelihood(bits, lam)).argmax(2).flatten()

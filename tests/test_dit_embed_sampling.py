@@ -100,14 +100,14 @@ def test_the_temperature_is_for_context_alone(temperature, monkeypatch):
     out, z, lam, drawn = model(z, lam).flatten(0, 1), z.flatten(0, 1), lam.flatten(), []
     monkeypatch.setattr(dit_embed, "categorical",
                         lambda logits, g: drawn.append(logits) or logits.argmax(1))
-    got = dit_embed.predict_x0(model, out, z, lam, cfg, generator(1))
+    got = dit_embed.draw_x0(model, out, z, lam, cfg, generator(1))
     own = model.self_likelihood(z, lam)
     if not temperature:
         assert torch.equal(got, CIRCLE[(out - own).argmax(1)])
         return
     want = ((out - own) / temperature + own).softmax(1)
     assert torch.allclose(drawn[0].softmax(1), want, atol=1e-4)
-    hat = dit_variants.predict_x0(model, out, z, lam,
+    hat = dit_variants.draw_x0(model, out, z, lam,
                                   dataclasses.replace(cfg, sampler="ancestral"), None)
     assert torch.allclose(hat, want @ CIRCLE, atol=1e-4)
 
@@ -161,8 +161,8 @@ def test_given_tokens_are_clean_or_noisy_as_in_training(given):
 def test_guidance_adds_what_the_given_text_predicts(w, given, monkeypatch):
     """(V5) out + w (out - out without c): against two evaluations by hand, where c is pure noise
     and the other positions stay as they are."""
-    outs, aim = [], dit_variants.predict_x0
-    monkeypatch.setattr(dit_variants, "predict_x0",
+    outs, aim = [], dit_variants.draw_x0
+    monkeypatch.setattr(dit_variants, "draw_x0",
                         lambda model, out, *rest: outs.append(out) or aim(model, out, *rest))
     model, cfg = three(tilt=0.7), circle(0.5, num_steps=6, guidance=w, given=given)
     _, nfe, _ = frames(model, cfg, prompt(1, n=25))
