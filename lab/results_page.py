@@ -16,15 +16,12 @@ import common
 from lab.compare_page import SIGN, cell, insert, markdown
 
 RESULTS = ROOT / "results"
-RUNS = ("ar ar_10000 mdlm mdlm_long mdlm_10000 dit_embed dit_embed_10000 "
-        "bit_diffusion bit_diffusion_long bit_diffusion_10000 bit_diffusion_head "
-        "bit_diffusion_head_32 sdd sdd_long sdd_10000 sdd_belief diffugpt_varlen "
+RUNS = ("ar ar_10000 mdlm mdlm_10000 dit_embed dit_embed_10000 bit_diffusion bit_diffusion_10000 "
+        "bit_diffusion_head bit_diffusion_head_32 sdd sdd_10000 diffugpt_varlen "
         "diffugpt_varlen_10000").split()
 TODAY = dict(  # commands of files from before the options had the names of today
     bit_diffusion_head="lab/bit_variants.py --head bit --out out/bit_head",
-    bit_diffusion_head_32="lab/bit_variants.py --head bit --num-mixture 32 --out out/bit_head_32",
-    sdd_belief="lab/sdd_variants.py --resume --candidates posterior --steps 12000 --lr 0.012 "
-               "--eval-every 500 --out out/sdd_posterior")
+    bit_diffusion_head_32="lab/bit_variants.py --head bit --num-mixture 32 --out out/bit_head_32")
 SAMPLES = dict(  # file: (the setting of a row, which rows are shown)
     mdlm_eval=("order", [("maxprob", (8, 16, 32, 64, 160)), ("random", (32, 160)),
                          ("margin", (32,)), ("entropy", (32,))]),

@@ -1,6 +1,6 @@
 """Make weights/NAME.safetensors: what `python NAME.py sample` and `eval` use before there is a run.
 
-    python lab/weights.py out/mdlm_10000 out/ar    the averaged weights of these runs, in bfloat16
+    python lab/weights.py out/mdlm out/ar          the averaged weights of these runs, in bfloat16
     python lab/weights.py                          weights/README.md anew
 
 Each file holds Config, tokenizer and step, as the checkpoint of a run does, and what made it. The
