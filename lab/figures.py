@@ -52,7 +52,7 @@ def plot_quality(out, rows, real, key="order", cost="nfe", label="NFE, network e
     """quality.png: quality and diversity of samples against their cost, a line for each `key`, mean
     and range over seeds; dashed: real text. rows, real: rows of eval.jsonl."""
     names = {"valid_stories": "valid-story rate", "valid_sentences": "valid-sentence rate",
-             "gen_nll": "generative NLL, nats/token", "entropy": "unigram entropy, nats"}
+             "gen_nll": "generative NLL, nats/token", "entropy": "entropy of tokens, nats"}
     names = {name: label for name, label in names.items() if rows[0].get(name) is not None}
     figure = Figure(figsize=(7, 2.3 * len(names)), layout="constrained")
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
@@ -60,6 +60,7 @@ def plot_quality(out, rows, real, key="order", cost="nfe", label="NFE, network e
     for at in sorted(row[cost] for row in rows):
         ticks += [at] if not ticks or at > 1.4 * ticks[-1] else []
     for axes, (name, title) in zip(panels, names.items()):
+        axes.set_prop_cycle(color=["tab:blue", "tab:orange", "tab:red", "tab:purple", "tab:brown"])
         for value in dict.fromkeys(row[key] for row in rows):
             points = {}
             for row in (row for row in rows if row[key] == value):
@@ -74,7 +75,7 @@ def plot_quality(out, rows, real, key="order", cost="nfe", label="NFE, network e
         axes.set_xticks(ticks, [f"{n:.0f}" for n in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    panels[0].set_title(f"{out.name}: quality of samples and what they cost", fontsize=11)
+    panels[0].set_title(f"{out.name.removesuffix('_weights')}: quality of samples and what they cost", fontsize=11)
     panels[-1].set_xlabel(label)
     save(figure, out / "quality.png", panels[0])
 
