@@ -75,7 +75,8 @@ def plot_quality(out, rows, real, key="order", cost="nfe", label="NFE, network e
         axes.set_xticks(ticks, [f"{n:.0f}" for n in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    panels[0].set_title(f"{out.name.removesuffix('_weights')}: quality of samples and what they cost", fontsize=11)
+    name = out.name.removesuffix("_weights")
+    panels[0].set_title(f"{name}: quality of samples and what they cost", fontsize=11)
     panels[-1].set_xlabel(label)
     save(figure, out / "quality.png", panels[0])
 
