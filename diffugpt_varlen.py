@@ -441,7 +441,7 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, length_dist=length_dis
     distribution (E5): fixed computes the whole row; truncate stops behind the first EOS or PAD;
     quantile begins with a canvas that holds L with probability length_quantile, blockwise with one
     block, and both grow; presampled draws L first, at temperature 1, and writes the EOS there. With
-    order maxprob and temperature 0.5 the others end most texts too early (see LOG.md)."""
+    order maxprob and temperature 0.5 the others write shorter texts than real ones (LOG.md)."""
     if cfg.pipeline == "arm":
         return sample_ar(model, x, cfg, g, on_step)
     (n, T), V, M, docs, nfe = x.shape, cfg.vocab_size, cfg.vocab_size + 1, cfg.rows == "docs", 0

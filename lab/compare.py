@@ -43,11 +43,11 @@ from lab.speed import race, step
 BUDGETS = dict(  # flags of every run; test documents, draws of noise a bound, samples, NFE of the
     quick=dict(  # few-step frontier, and rounds in which speed is measured
         run=dict(steps=16, eval_every=16, n_layer=1, n_head=2, n_embd=64, device="cpu",
-                 num_steps=8), seeds=(1337,), test=16, K=2, n=4, frontier=(4,), rounds=1),
-    standard=dict(run=dict(steps=1600), seeds=(1337, 1338, 1339), test=256, K=32, n=64,
+                 num_steps=8), seeds=(1337,), test=16, draws=2, n=4, frontier=(4,), rounds=1),
+    standard=dict(run=dict(steps=1600), seeds=(1337, 1338, 1339), test=256, draws=32, n=64,
                   frontier=(4, 8, 16, 32, 64), rounds=6),
     full=dict(run=dict(preset="small", steps=10000, batch_size=64, eval_every=500),
-              seeds=(1337,), test=500, K=32, n=64, frontier=(4, 8, 16, 32, 64), rounds=6),
+              seeds=(1337,), test=500, draws=32, n=64, frontier=(4, 8, 16, 32, 64), rounds=6),
 )
 STEPS_BOUND = dict(mdlm=(decoding.Config, mdlm_variants.Model, mdlm_eval.nelbo_steps), **{
     name: (lab.Config, lab.Model, lab.nelbo_steps) for name, lab in dict(
@@ -170,7 +170,7 @@ def measure(name, budget, seed):
     """Everything that is measured of one run, as one row; kept beside the run."""
     run, plan = settings(name, budget, seed), BUDGETS[budget]
     kept = Path(f"{run['out']}.row.json")
-    key = dict(code=code_of(name), test=plan["test"], K=plan["K"], n=plan["n"],
+    key = dict(code=code_of(name), test=plan["test"], draws=plan["draws"], n=plan["n"],
                frontier=[*plan["frontier"]])
     if kept.exists():
         row = json.loads(kept.read_text())
@@ -196,7 +196,7 @@ def measure(name, budget, seed):
                curve=[[r["step"] * step_tokens, r["nats_per_doc"], r["se"]] for r in log
                       if r["kind"] == "val"])
     with amp(model, cfg):
-        more = {} if name == "ar" else dict(nelbo=functools.partial(script.nelbo, draws=plan["K"]))
+        more = {} if name == "ar" else dict(nelbo=functools.partial(script.nelbo, draws=plan["draws"]))
         row["test"] = script.evaluate(model, data, cfg, "test", plan["test"], **more)
         row["infill_accuracy"] = infill_accuracy(script, model, cfg, data, plan["n"] * 2)
         own, default = ancestral(script, cfg), default_sampler(script, cfg)

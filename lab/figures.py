@@ -27,11 +27,11 @@ def save(figure, path, *panels):
 
 
 @torch.no_grad()
-def plot_integrand(out, model, x0, cfg, g, K=32):
+def plot_integrand(out, model, x0, cfg, g, points=32):
     """integrand.png: mean nats of a masked token against the mask rate, 2 SE over rows; the area
     under it is the bound per position (E3)."""
     B, T = x0.shape
-    rates, means, errors = [(k + 0.5) / K for k in range(K)], [], []
+    rates, means, errors = [(k + 0.5) / points for k in range(points)], [], []
     for rate in rates:
         n = torch.full((B,), 1 + int(rate * T)).clamp(max=T)
         ce = mdlm.masked_ce(model, x0, mdlm.mask_tokens(x0, n, cfg, g)).sum(1).cpu() / n
@@ -42,7 +42,7 @@ def plot_integrand(out, model, x0, cfg, g, K=32):
     axes.errorbar(rates, means, errors, marker="o", ms=4, capsize=2,
                   label="cross-entropy of a masked token, 2 SE")
     axes.fill_between(rates, means, alpha=0.2,
-                      label=f"area = bound <= {sum(means) / K:.3f} nats per position")
+                      label=f"area = bound <= {sum(means) / points:.3f} nats per position")
     axes.set(xlabel="mask rate", ylabel="nats per masked token", xlim=(0, 1), ylim=(0, None),
              title=f"{out.name}: the bound is the area ({cfg.rows} rows of {cfg.seq_len})")
     save(figure, out / "integrand.png", axes)

@@ -33,7 +33,7 @@ def read(path):
 
 
 TOY = dict(run=dict(steps=8, eval_every=8, n_layer=1, n_head=1, n_embd=16, device="cpu",
-                    num_steps=4), seeds=(1337,), test=16, K=2, n=2, frontier=(2,), rounds=1)
+                    num_steps=4), seeds=(1337,), test=16, draws=2, n=2, frontier=(2,), rounds=1)
 
 
 @pytest.fixture(scope="module")

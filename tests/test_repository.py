@@ -277,14 +277,17 @@ def test_the_readme_is_finished():
         assert f"{name}.py" in readme
 
 
-@pytest.mark.parametrize("page", ["README.md", "lab/README.md", "results/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "LOG.md", *(
+    f"{folder}/README.md" for folder in ("lab", "results", "weights"))])
 def test_the_links_of_a_page_lead_somewhere(page):
-    text = read(ROOT / page)
-    anchors = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-")
-               for head in re.findall(r"^##+ (.*)", text, re.M)}
-    for target in re.findall(r"\]\(([^):]+)\)", text):
-        path = (ROOT / page).parent / target.partition("#")[0]
-        assert target[1:] in anchors if target[0] == "#" else path.exists(), target
+    for target in re.findall(r"\]\(([^):]+)\)", read(ROOT / page)):
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), target
+        if anchor and path.suffix == ".md":
+            heads = re.findall(r"^##+ (.*)", read(path), re.M)
+            assert anchor in {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-")
+                              for head in heads}, target
 
 
 def test_the_ci_entry_runs_what_the_readme_says():
