@@ -196,7 +196,8 @@ def measure(name, budget, seed):
                curve=[[r["step"] * step_tokens, r["nats_per_doc"], r["se"]] for r in log
                       if r["kind"] == "val"])
     with amp(model, cfg):
-        more = {} if name == "ar" else dict(nelbo=functools.partial(script.nelbo, draws=plan["draws"]))
+        more = {} if name == "ar" else dict(
+            nelbo=functools.partial(script.nelbo, draws=plan["draws"]))
         row["test"] = script.evaluate(model, data, cfg, "test", plan["test"], **more)
         row["infill_accuracy"] = infill_accuracy(script, model, cfg, data, plan["n"] * 2)
         own, default = ancestral(script, cfg), default_sampler(script, cfg)
