@@ -121,7 +121,7 @@ def main(argv):
         kept.write_text(str(step_seconds(attention="full") / step_seconds()))
     ratio = float(kept.read_text())
     steps = round(BUDGET["steps"] * ratio)  # as long as full attention takes
-    rows.append(run(f"pooled, {steps} steps", sdd, {}, steps))
+    rows.append(run(f"sdd.py, {steps} steps", sdd, {}, steps))
     cfg = sdd_variants.Config()
     true_nll = sdd.get_eval_rows(load_data(cfg).val, cfg, 128)[1]
     made = dict(command="python lab/candidates.py", **BUDGET, full_to_pooled_seconds=ratio,

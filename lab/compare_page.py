@@ -22,7 +22,7 @@ from lab.methods import COLORS, ENTROPY, IDEAS, code_of
 METRICS = ("nfe", "gen_nll", "novelty", "length", "valid_stories", "valid_sentences", "consistent",
            "true_nll", "entropy", "distinct_2")
 SIGN = dict(exact="=", upper="<=")
-PARTS = dict(ancestral="T=1, ancestral", default="default sampler")
+PARTS = dict(ancestral="T=1, one token per step", default="default sampler")
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -83,6 +83,8 @@ def tables(results, root=""):
     for name, rows in groups.items():
         row, is_method = means(rows), name in IDEAS
         test, sign = row["test"], SIGN[row["bound"]]
+        if "lengths" in rows[0] and not is_method:  # of many stories; the other metrics of n
+            row["ancestral"]["length"] = np.mean(rows[0]["lengths"])
         best = row.get("default") or row.get("ancestral", {})
         label = f"`{name}.py`" if is_method else f"*{name}*"
         long = f"[{label}]({root}{name}.py)" if is_method else "*the corpus itself*" \
@@ -106,8 +108,8 @@ def tables(results, root=""):
               for part in PARTS for k in (0, 1))])
         for part in PARTS:
             if part in row:
-                how = "" if not is_method else "T=1, one token per step (ancestral)" \
-                    if part == "ancestral" else "temperature 0.5" if name == "ar" else PARTS[part]
+                how = "" if not is_method else "temperature 0.5" \
+                    if (name, part) == ("ar", "default") else PARTS[part]
                 one = row[part]
                 samples.append([
                     label, how, cell(one.get("nfe"), 0), *(cell(one[k]) for k in (
@@ -178,16 +180,18 @@ def plot_bound(runs, base):
     figure, (axes,) = new_figure(1, 4.6)
     for name, rows in runs.items():
         x = np.array([point[0] for point in rows[0]["curve"]][1:])
-        x += rows[0]["tokens"] - x[-1]  # those of a parent come before
+        x = (x + rows[0]["tokens"] - x[-1]) / 1e6  # those of a parent come before
         y = np.array([[point[1] for point in row["curve"]][1:] for row in rows])
         axes.plot(x, y.mean(0), marker="o", ms=3, color=COLORS[name],
                   label=f"{name}.py ({'exact' if name == 'ar' else 'bound'})")
         axes.fill_between(x, y.min(0), y.max(0), color=COLORS[name], alpha=0.2, lw=0)
     for name, style in (("unigram", ":"), ("3-gram", "-.")):
-        axes.axhline(base[name]["test"]["nats_per_doc"], ls=style, color="gray", label=name)
+        axes.axhline(base[name]["test"]["nats_per_doc"], ls=style, color="gray",
+                     label=f"{name} (test stories)")
     axes.axhline(base["real"]["test"]["nats_per_doc"], label="entropy", **ENTROPY)
-    axes.set(xlabel="tokens seen in training", ylabel="nats per story", yscale="log",
-             title="Likelihood against tokens: mean and range of the seeds")
+    axes.set(xlabel="million tokens seen in training (diffugpt_varlen.py: after its parent)",
+             ylabel="nats per story", yscale="log",
+             title="128 validation stories, 8 draws of noise: mean and range of the seeds")
     low, high = axes.get_ylim()
     ticks = [t for t in (80, 100, 130, 170, 220, 300, 400, 600, 800) if low < t < high]
     axes.set_yticks(ticks, list(map(str, ticks)))
@@ -200,8 +204,8 @@ def plot_quality(runs, base):
     """Metrics of the default sampler against NFE, first seed."""
     figure, panels = new_figure(3)
     for axes, (metric, title) in zip(panels, (
-            ("valid_stories", "valid-story rate"), ("valid_sentences", "valid-sentence rate"),
-            ("entropy", "entropy of words, nats"))):
+            ("valid_sentences", "valid-sentence rate"), ("consistent", "consistency rate"),
+            ("entropy", "entropy of tokens, nats"))):
         for name, (row, *_) in runs.items():
             points = sorted((p["nfe"], p[metric]) for p in [*row["frontier"], row["default"]])
             axes.plot(*zip(*points), marker="o", ms=4, color=COLORS[name], label=f"{name}.py")
@@ -209,7 +213,7 @@ def plot_quality(runs, base):
         axes.set(xlabel="NFE", title=title, xscale="log")
         axes.set_xticks((4, 8, 16, 32, 64, 128), (4, 8, 16, 32, 64, 128))
         axes.minorticks_off()
-    panels[0].legend(fontsize=7)
+    panels[2].legend(fontsize=7, loc="lower right")
     return figure
 
 
@@ -247,7 +251,8 @@ def plot_length(runs, base):
     for name, some in lengths.items():
         axes.hist(some, bins, density=True, histtype="step", color=COLORS[name],
                   label=f"{name}.py")
-    axes.set(xlabel="tokens of a story", ylabel="density", title="Lengths at T=1, ancestral")
+    axes.set(xlabel="tokens of a story", ylabel="density",
+             title="Lengths at T=1, one token per step")
     axes.legend(fontsize=7)
     return figure
 

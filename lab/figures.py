@@ -70,7 +70,10 @@ def plot_quality(out, rows, real, key="order", cost="nfe", label="NFE, network e
             line, = axes.plot(x, [sum(v) / len(v) for v in y], marker="o", ms=4, label=value)
             axes.fill_between(x, [*map(min, y)], [*map(max, y)], alpha=0.2, lw=0,
                               color=line.get_color())
+        top = max(row[name] for row in rows)
         axes.axhline(real[name], label="real text", **ENTROPY)
+        if real[name] > 4 * top:  # the curves would lie on the axis
+            axes.set_ylim(-0.1 * top - 0.01, 1.2 * top + 0.05)
         axes.set(ylabel=title, xscale="log")
         axes.set_xticks(ticks, [f"{n:.0f}" for n in ticks])
         axes.minorticks_off()

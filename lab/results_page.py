@@ -84,10 +84,10 @@ def runs():
             f"{sign} {last['gap']:.1f} ± {last['gap_se']:.1f}",
             f"{sign} {last['nats_per_token']:.3f}",
             f"{sign} {math.exp(last['nats_per_token']):.2f}",
-            *metrics_of([sample])[1:5], f"[{name}.jsonl]({name}.jsonl)"])
+            *metrics_of([sample])[:5], f"[{name}.jsonl]({name}.jsonl)"])
     return markdown(" | ".join([
         "command", "steps", "nats per story", "gap to entropy", "nats/token", "perplexity",
-        *list(METRICS.values())[1:5], "file"]), lines)
+        *list(METRICS.values())[:5], "file"]), lines)
 
 
 def samples(name):
@@ -98,9 +98,9 @@ def samples(name):
         for num_steps in steps:
             some = [row for row in of_kind(log, "samples")
                     if (row[key], row["num_steps"]) == (value, num_steps)]
-            lines.append([value, f"{mean(some, 'nfe'):.0f}", str(len(some)), *metrics_of(some)])
-    lines.append(["*test stories*", "", "", *metrics_of(of_kind(log, "real"))])
-    return markdown(" | ".join([key, "NFE", "seeds", *METRICS.values()]), lines)
+            lines.append([value, f"{mean(some, 'nfe'):.0f}", *metrics_of(some)])
+    lines.append(["*test stories*", "", *metrics_of(of_kind(log, "real"))])
+    return markdown(" | ".join([key, "NFE", *METRICS.values()]), lines)
 
 
 def lengths(name):
@@ -121,8 +121,8 @@ def lengths(name):
 def steps():
     """The bound of samplers with few steps."""
     sizes, lines = (4, 8, 16, 32, 64, 160), []
-    for script in ("dit_embed", "bit_diffusion", "sdd"):
-        rows = {(row["sampler"], row["num_steps"]): row
+    for script in ("mdlm", "dit_embed", "bit_diffusion", "sdd"):
+        rows = {(row.get("sampler", "ancestral"), row["num_steps"]): row
                 for row in of_kind(log_of(f"{script}_eval"), "steps")}
         for sampler in dict.fromkeys(key[0] for key in rows):
             lines.append([f"`{script}.py`", sampler, *(
@@ -231,7 +231,7 @@ def speed_sample(made):
     """Time of samples relative to ar.py with its cache."""
     names = [key.split("_1_")[0].removeprefix("sample_") for key in made
              if key.startswith("sample_") and key.endswith("_1_default")]
-    return markdown("script | T=1, one token per step (ancestral): batch 1 | batch 16 | default "
+    return markdown("script | T=1, one token per step: batch 1 | batch 16 | default "
                     "sampler: batch 1 | batch 16", [
                         [f"`{name}.py`", *(
                             f"{made[f'sample_{name}_{n}_{how}']['times_ar_cached']:.1f}"
