@@ -2,6 +2,7 @@
 
     python lab/ngram.py                             orders 1 to 4 of tales
     python lab/ngram.py --documents 4000 --orders 3
+    python lab/ngram.py --data my/texts --vocab-size 1024
 """
 import sys
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class NGram:
     never seen; the weights w_j maximize the likelihood of other rows (EM). Exact likelihoods."""
 
     def __init__(self, order, rows, others, cfg):
-        self.order, self.V, self.eos = order, cfg.vocab_size, cfg.eos
+        self.order, self.V, self.eos, self.cfg = order, cfg.vocab_size, cfg.eos, cfg
         self.grams, self.weights = [], np.full(order + 1, 1 / (order + 1))
         context, token, _ = self.split(rows)
         for j in range(1, order + 1):
@@ -40,7 +41,7 @@ class NGram:
         """Scored tokens of rows, before each the order - 1 tokens seen, where V stands for BOS:
         context (n, order - 1), token (n,), the row of each (n,)."""
         rows = np.asarray(rows)
-        scored = (rows == self.eos).cumsum(1) - (rows == self.eos) == 0  # the first EOS too
+        scored = ar.is_scored(torch.from_numpy(rows), self.cfg).numpy()  # the first EOS too
         wide = np.pad(rows, ((0, 0), (self.order - 1, 0)), constant_values=self.V)
         context = np.stack([wide[:, j:j + rows.shape[1]] for j in range(self.order)], -1)
         return context[scored][:, :-1], rows[scored], np.nonzero(scored)[0]
@@ -78,13 +79,17 @@ class NGram:
             p = self.parts(context, np.tile(np.arange(self.V), n)) @ self.weights
             x[:, i] = torch.multinomial(torch.from_numpy(p).view(n, -1), 1, generator=g)[:, 0]
         x = torch.from_numpy(x[:, self.order - 1:])
-        return x.masked_fill((x == self.eos).cumsum(1) > 0, self.eos)
+        ended = (x == self.eos).cumsum(1) > 0
+        return x.masked_fill(ended, self.eos) if self.cfg.rows == "docs" else x
 
 
 @dataclass
 class Options:
     orders: tuple[int, ...] = (1, 2, 3, 4)  # a model of order n sees n - 1 tokens
-    documents: int = 25600  # of training that are counted
+    documents: int = 25600  # of training that are counted; of running text, rows of seq_len tokens
+    data: str = "tales"  # as --data of the scripts, so for the next two
+    tokenizer: str = "bpe"
+    vocab_size: int = 0
     seed: int = 1337  # of the sample
 
 
@@ -92,9 +97,12 @@ def main(argv):
     opt = tyro.cli(Options, args=argv, description=__doc__)
     if min(*opt.orders, opt.documents) < 1:
         raise common.UserError("--orders and --documents must be at least 1")
-    cfg = ar.Config()
+    cfg = ar.Config(data=opt.data, tokenizer=opt.tokenizer, vocab_size=opt.vocab_size)
     data = load_data(cfg)
-    rows = ar.get_rows(data.train, cfg, np.arange(min(opt.documents, len(data.train[1]) - 1)))
+    ids, offsets, _ = data.train
+    index = np.arange(len(offsets) - 1) if cfg.rows == "docs" else np.arange(
+        0, len(ids) - cfg.seq_len + 1, cfg.seq_len)
+    rows = ar.get_rows(data.train, cfg, index[:opt.documents])
     others, (x0, true_nll) = (ar.get_eval_rows(split, cfg, 512) for split in (data.val, data.test))
     for order in opt.orders:
         model = NGram(order, rows, others[0], cfg)

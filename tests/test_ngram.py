@@ -11,19 +11,21 @@ import torch
 from lab.ngram import NGram
 
 
-def toy(order, V=5, N=60, T=12, seed=0):
-    """A model of random rows that end with their first 0, and the rows."""
+def toy(order, V=5, N=60, T=12, seed=0, kind="docs"):
+    """A model of random rows, documents that end with their first 0 or windows, and the rows."""
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, V, (2 * N, T)) * (rng.random((2 * N, T)) < 0.9)
-    rows = np.where((rows == 0).cumsum(1) > 0, 0, rows)
-    cfg = SimpleNamespace(vocab_size=V, eos=0)
+    if kind == "docs":
+        rows = np.where((rows == 0).cumsum(1) > 0, 0, rows)
+    cfg = SimpleNamespace(vocab_size=V, eos=0, rows=kind)
     return NGram(order, rows[:N], rows[N:], cfg), rows[:N], rows[N:]
 
 
-def by_hand(model, rows, order, row, V):
+def by_hand(model, rows, order, row, V, kind):
     """-log p of one row by dictionaries of tuples."""
     def grams(r):
-        text = [V] * (order - 1) + list(r[:list(r).index(0) + 1 if 0 in r else len(r)])
+        ends = kind == "docs" and 0 in r
+        text = [V] * (order - 1) + list(r[:list(r).index(0) + 1 if ends else len(r)])
         return [[tuple(text[i - j + 1:i + 1]) for j in range(1, order + 1)]
                 for i in range(order - 1, len(text))]
     counts, nats = collections.Counter(g for r in rows for some in grams(r) for g in some), 0
@@ -36,11 +38,12 @@ def by_hand(model, rows, order, row, V):
     return nats
 
 
+@pytest.mark.parametrize("kind", ("docs", "stream"))
 @pytest.mark.parametrize("order", (1, 2, 3))
-def test_ngrams_are_those_counted_by_hand_and_normalized(order):
+def test_ngrams_are_those_counted_by_hand_and_normalized(order, kind):
     """After every context, seen or not, BOS included: nothing is lost to smoothing."""
-    model, rows, others = toy(order)
-    expected = [by_hand(model, rows, order, row, 5) for row in others[:20]]
+    model, rows, others = toy(order, kind=kind)
+    expected = [by_hand(model, rows, order, row, 5, kind) for row in others[:20]]
     assert model.nll(others[:20]) == pytest.approx(np.array(expected), rel=1e-9)
     for context in itertools.product(range(6), repeat=order - 1):
         context = np.array(context, int).reshape(1, -1).repeat(5, 0)
