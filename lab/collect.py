@@ -3,9 +3,11 @@
     python lab/collect.py out/mdlm results/mdlm.jsonl
 
 The first line holds what made the numbers (command, config, seed, versions, hardware); then come
-the evaluations with the tokens seen and samples, and one training row in 25.
+the evaluations with the tokens seen and samples, and one training row in 25. Of absolute paths the
+last name is kept.
 """
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -23,8 +25,8 @@ def collect(out, target, every=25):
     for row in rows:
         if row["kind"] == "val":
             row["tokens"] = row["step"] * cfg["batch_size"] * cfg["grad_accum"] * cfg["seq_len"]
-    common.replace(Path(target), lambda file: file.writelines(
-        (json.dumps(row) + "\n").encode() for row in rows))
+    text = re.sub(r'(?<=[" =])/[^ "]*/', "", "".join(json.dumps(row) + "\n" for row in rows))
+    common.replace(Path(target), lambda file: file.write(text.encode()))
     return len(rows)
 
 

@@ -90,6 +90,24 @@ def runs():
         *list(METRICS.values())[:5], "file"]), lines)
 
 
+def real_text():
+    """Runs on real text: the last evaluation and, as ar.py overfits, the best."""
+    lines = []
+    for path in sorted(RESULTS.glob("real_*.jsonl")):
+        log = log_of(path.stem)
+        made, vals = of_kind(log, "config")[-1], of_kind(log, "val")
+        best = min(vals, key=lambda row: row["nats_per_token"])
+        sign, data = SIGN[best["bound"]], Path(made["config"]["data"]).stem
+        lines.append([
+            data, f"`{made['command'].split()[0]}`", str(made["config"]["steps"]),
+            f"{made['config']['lr']:g}", f"{sign} {vals[-1]['nats_per_token']:.3f}",
+            f"{best['nats_per_token']:.3f} ({best['step']})",
+            f"{sign} {math.exp(vals[-1]['nats_per_token']):.2f}",
+            f"{sign} {vals[-1]['bits_per_byte']:.3f}", f"[{path.name}]({path.name})"])
+    return markdown("text | script | steps | lr | nats/token | best (step) | perplexity | "
+                    "bits/byte | file", lines)
+
+
 def samples(name):
     """Samples of a checkpoint against NFE, means over seeds; real text and ar.py for comparison."""
     key, shown = SAMPLES[name]
@@ -253,7 +271,7 @@ def speed_quality(made):
 
 def tables():
     """{name: Markdown} of all files that are there."""
-    parts = dict(runs=runs(), steps=steps(), lengths=length_table())
+    parts = dict(runs=runs(), real_text=real_text(), steps=steps(), lengths=length_table())
     for name in SAMPLES:
         parts[name] = samples(name)
     for name in ("diffugpt_varlen_eval", "diffugpt_varlen_eval_plain"):

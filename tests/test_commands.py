@@ -301,8 +301,10 @@ def test_runs_are_listed_filmed_and_kept(home, capsys):
                                               home / "film.html")
     assert (home / "film.html").stat().st_size > 10_000
     assert "rows" in said("collect", capsys, home / "mdlm", home / "kept.jsonl")
+    assert str(home) not in (home / "kept.jsonl").read_text()  # no path of a machine
     kept = [json.loads(line) for line in (home / "kept.jsonl").read_text().splitlines()]
-    assert kept[0]["kind"] == "config" and not [row for row in kept if row["kind"] == "train"]
+    assert (kept[0]["kind"], kept[0]["config"]["out"]) == ("config", "mdlm")
+    assert not [row for row in kept if row["kind"] == "train"]
     for name, argv in (("methods", ["--out", "nowhere"]), ("film", ["--out", "nowhere"]),
                        ("collect", ["nowhere", str(home / "none.jsonl")]), ("collect", ["one"])):
         with pytest.raises(common.UserError):
