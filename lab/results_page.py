@@ -25,7 +25,7 @@ TODAY = dict(  # commands of files from before the options had the names of toda
 SAMPLES = dict(  # file: (the setting of a row, which rows are shown)
     mdlm_eval=("order", [("maxprob", (8, 16, 32, 64, 160)), ("random", (32, 160)),
                          ("margin", (32,)), ("entropy", (32,))]),
-    mdlm_eval_plain=("order", [("random", (16, 32, 160)), ("margin", (160,))]),
+    mdlm_eval_plain=("order", [("random", (16, 32, 160)), ("maxprob", (32, 160))]),
     dit_embed_eval=("sampler", [("token", (16, 32, 64, 160)), ("ancestral", (16, 32, 160)),
                                 ("ddim", (16, 32, 160))]),
     bit_diffusion_eval=("sampler", [("token", (8, 16, 32, 64, 160)),
