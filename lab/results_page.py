@@ -127,12 +127,11 @@ def lengths(name):
     for row in of_kind(log_of(name), "samples"):
         groups.setdefault((row["length_mode"], row["tokens_per_step"]), []).append(row)
     for (mode, k), some in groups.items():
-        cost = mean(some, "processed_per_token")
-        share = cost / mean(groups["fixed", k], "processed_per_token")
-        sizes = [dict(length=row["num_tokens"] / row["num_samples"]) | row for row in some]
-        lines.append([mode, str(k), f"{cost:.1f}", f"{share:.2f}", *metrics_of(sizes)])
+        cost = mean(some, "processed_per_sample")
+        share = cost / mean(groups["fixed", k], "processed_per_sample")
+        lines.append([mode, str(k), f"{cost:,.0f}", f"{share:.2f}", *metrics_of(some)])
     return markdown(" | ".join([
-        "length mode", "tokens per step", "tokens processed per output token",
+        "length mode", "tokens per step", "tokens processed per story",
         "relative to fixed length", *METRICS.values()]), lines)
 
 

@@ -156,7 +156,7 @@ def plot_lengths(out, rows):
 @torch.no_grad()
 def sample_and_count(model, cfg, n, seed, device):
     """n samples: rows x (n, T), and what they cost: NFE, seconds, tokens processed by the network
-    per token of text (BOS too), contradictions, the share of rows with text behind an EOS."""
+    per sample (BOS too), contradictions, the share of rows with text behind an EOS."""
     processed, wrong = [], torch.zeros(n, dtype=torch.bool)
 
     def on_step(nfe, x):
@@ -169,7 +169,7 @@ def sample_and_count(model, cfg, n, seed, device):
     seconds, num_tokens = time.time() - start, sum(map(len, tokens_of(x, cfg)))
     hook.remove()
     return x, dict(nfe=nfe, tokens_processed=sum(processed),
-                   processed_per_token=sum(processed) / max(1, num_tokens), seconds=seconds,
+                   processed_per_sample=sum(processed) / n, seconds=seconds,
                    tok_s=num_tokens / seconds, contradictions=wrong.float().mean().item())
 
 
@@ -218,8 +218,8 @@ def evaluate_all(run, model, tokenizer, data, cfg, opt):
                                  temperature=cfg.temperature, **cost,
                                  **measure(x, cfg, tokenizer, judge)))
                 say("samples", **rows[-1])
-    figures.plot_quality(run.out, rows, real, "length_mode", "processed_per_token",
-                         "tokens processed per token of text")
+    figures.plot_quality(run.out, rows, real, "length_mode", "processed_per_sample",
+                         "tokens processed per sample")
     common.replace(run.out / "eval.jsonl", lambda file: file.writelines(
         (json.dumps(row) + "\n").encode() for row in log))
 
