@@ -193,6 +193,14 @@ def test_a_notebook_has_short_cells_and_no_shell(path):
         assert not re.search(r"^\s*[%!]", source, re.M), source
 
 
+@every_notebook
+def test_no_line_inside_a_paragraph_begins_a_list(path):
+    """Markdown makes a list of a line "+ b" or "1) b", although the line before is text."""
+    for cell in cells(path, "markdown"):
+        text = re.sub(r"```.*?```", "", "".join(cell["source"]), flags=re.S)
+        assert not re.search(r"^(?![-+*] |\d+[.)] |\s|$).+\n([-+*]|1[.)]) ", text, re.M), text
+
+
 def test_the_first_cell_of_a_notebook_finds_the_repository(tmp_path):
     """Started in the repository, in notebooks/, or anywhere, if Jupyter names the notebook."""
     first, = {"".join(cells(path, "code")[0]["source"]) for path in NOTEBOOKS}  # all the same
