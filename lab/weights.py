@@ -29,9 +29,9 @@ One trained checkpoint of each script, its averaged weights in bfloat16. Where n
 by name. The file holds Config, tokenizer and step as well. It is not enough to go on training; that
 takes the `state.pt` of a run. `python lab/weights.py RUN` makes a file and this page.
 
-*Bound*: nats per token with these weights, `=` exact, `<=` an upper bound (8 draws of noise); ± is one
-standard error over stories. The entropy of the 500 test stories is {entropy:.3f} nats per token. The
-last column is the same for the first 32 of them; a test computes it again.
+*Bound*: nats per token with these weights, `=` exact, `<=` an upper bound (8 draws of noise); ± is
+one standard error over stories. The entropy of the 500 test stories is {entropy:.3f} nats per
+token. The last column is the same for the first 32 of them; a test computes it again.
 
 | file | made by | steps | parameters, M | bound, 500 test stories | 32 test stories |
 |---|---|---|---|---|---|
