@@ -30,8 +30,9 @@ by name. The file holds Config, tokenizer and step as well. It is not enough to 
 takes the `state.pt` of a run. `python lab/weights.py RUN` makes a file and this page.
 
 *Bound*: nats per token with these weights, `=` exact, `<=` an upper bound (8 draws of noise); ± is
-one standard error over stories. The entropy of the 500 test stories is {entropy:.3f} nats per
-token. The last column is the same for the first 32 of them; a test computes it again.
+one standard error over stories. The entropy of the 500 test stories
+is {entropy:.3f} nats per token. The last column is the same for the first 32 of them; a test
+computes it again.
 
 | file | made by | steps | parameters, M | bound, 500 test stories | 32 test stories |
 |---|---|---|---|---|---|
