@@ -29,6 +29,7 @@ from safetensors import safe_open
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `python lab/compare.py`
 import common
+import fast
 from common import UserError
 from data.units import report, se, tokens_of
 from lab import (bit_variants, compare_page, decoding, dit_variants, mdlm_eval, mdlm_variants,
@@ -250,7 +251,8 @@ def speed(budget):
     took = race(steps, plan["rounds"], warm=1)
     times = race(samples, min(2, plan["rounds"]), warm=plan["rounds"] > 1)
     cfg = config("ar", settings("ar", budget, 0))
-    row = dict(kind="speed", key=key, threads=torch.get_num_threads(), n=n_batch,
+    row = dict(kind="speed", key=key, torch=torch.__version__,
+               machine=fast.machine(device_of(model)), threads=torch.get_num_threads(), n=n_batch,
                train={name: cfg.batch_size * cfg.seq_len / took[name] for name in IDEAS},
                **{part: {name: [times[part, name, n] / n for n in (1, n_batch)]
                          for name in IDEAS} for part in ("ancestral", "default")})

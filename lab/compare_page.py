@@ -148,7 +148,8 @@ def page(results):
            f"tokens a run, seeds {', '.join(map(str, made['seeds']))}, torch {made['torch']}, "
            f"{made['machine']}, {made['dtype']}, {made['test']} test documents, {made['n']} "
            "samples a row. `=` is exact, `<=` an upper bound; ± is a standard error over "
-           "documents, brackets are the least and most of the seeds.",
+           "documents, brackets are the least and most of the seeds. Latencies: "
+           f"{results[-1]['machine']}, threads: {results[-1]['threads']}.",
            "## Likelihood", parts["details"],
            "![bound against tokens](compare_bound.png)", "## Samples", parts["samples"],
            "![quality against NFE](compare_quality.png)", "![metrics](compare_samples.png)",
