@@ -12,8 +12,8 @@ Equations
     (E3)  loss = - sum_i log p(x_i | x_<i) / number of scored tokens
     (E4)  sampling: x_i ~ p(. | x_<i) from left to right; keys and values of the past are cached
 
-Shapes: B rows, T tokens, V vocabulary, C width, H heads, D = C / H. Units: nats. A row is scored up
-to and including its first EOS, which ends the document; the EOS that fill up the row are not.
+Shapes: B rows, T tokens, V vocabulary, C width, H heads, D = C / H; g draws. Units: nats. A row is
+scored up to and including its first EOS, which ends the document; later EOS are not.
 
 Differs from GPT-2: RMSNorm, rotary positions, normalised queries and keys, a causal convolution in
 front of each block, no biases, Muon for the matrices of the blocks; output projections and the head
@@ -43,11 +43,11 @@ class Config:
     vocab_size: int = 0  # tokens to predict; 0 = the tokenizer's own size (bpe: 2048)
     max_docs: int = 0  # use at most this many documents; 0 = all
     split: Literal["auto", "lines"] = "auto"  # lines: each line of a text file is a document
-    rows: Literal["auto", "docs", "stream"] = "auto"  # a document a row, or windows of running text
+    rows: Literal["auto", "docs", "stream"] = "auto"  # auto: docs (one a row) for tales, or stream
     out: str = "out/ar"  # run folder
     resume: bool = False  # continue the run in the run folder
     log: Literal["", "tensorboard", "wandb", "tensorboard,wandb"] = ""  # besides log.jsonl
-    preset: Literal["tiny", "small", "medium"] = "tiny"  # 4x192, 8x512, 12x768
+    preset: Literal["tiny", "small", "medium"] = "tiny"  # layers x width 4x192, 8x512, 12x768
     seed: int = 1337  # of weights, batches and noise
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 is autocast
@@ -63,7 +63,7 @@ class Config:
     grad_accum: int = 1  # micro-batches per step
     lr: float = 1e-2  # peak learning rate
     warmup: int = 50  # steps of linear warm-up; then linearly to zero
-    ema: float = 0.99  # moving average of the weights, which is evaluated and saved; 0 = off
+    ema: float = 0.99  # decay of the averaged weights, which are evaluated and saved; 0 = off
     eval_every: int = 200  # steps between evaluations and checkpoints
     # sampling; the likelihood is without temperature, top_k and top_p
     num_samples: int = 4
@@ -82,7 +82,7 @@ PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256,
 
 
 # ---- 2. data -----------------------------------------------------------------------------------
-# load_data(cfg) sets vocab_size, rows, eos, bos; .train: (ids, offsets of documents, log p or None)
+# load_data(cfg) sets vocab_size, rows, eos, bos; a split is (ids, document offsets, log p or None)
 def get_rows(split, cfg, index):
     """Documents `index`, filled with EOS or cut, or windows from the tokens `index` on: (B, T)."""
     ids, offsets, _ = split
@@ -118,7 +118,7 @@ def rotate(x, positions):
     D = x.shape[-1]
     angle = positions[:, None] * 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    turned = pairs * torch.polar(torch.ones_like(angle), angle)  # (B, H, T, D / 2)
+    turned = pairs * torch.polar(torch.ones_like(angle), angle)  # (..., T, D / 2)
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
@@ -254,14 +254,14 @@ def filter_logits(logits, cfg):
 def categorical(logits, g):
     """One draw per row of logits (n, V) -> (n,), by inverting the cumulative distribution in
     float64: float32 noise would cut off the tail (Zheng et al. 2024, section 5)."""
-    p = (logits.cpu() if logits.device.type == "mps" else logits).double().softmax(1).cumsum(1)
-    u = torch.rand(len(p), 1, generator=g, dtype=torch.float64).to(p.device) * p[:, -1:]
-    return (p <= u).sum(1).clamp(max=p.shape[1] - 1).to(logits.device)
+    cdf = (logits.cpu() if logits.device.type == "mps" else logits).double().softmax(1).cumsum(1)
+    u = torch.rand(len(cdf), 1, generator=g, dtype=torch.float64).to(cdf.device) * cdf[:, -1:]
+    return (cdf <= u).sum(1).clamp(max=cdf.shape[1] - 1).to(logits.device)
 
 
 @torch.no_grad()
 def sample(model, x, cfg, g, on_step=lambda nfe, x: None):
-    """Continue x (B, T), prompts of one length and then the mask id V, from left to right: (B, T)
+    """Continue x (B, T), prompts of one length and then V (no token), from left to right: (B, T)
     and NFE, the network evaluations until the last row has ended. on_step(nfe, x) follows each."""
     x, nfe, kv_cache = x.clone(), 0, [[] for _ in model.blocks]
     first = int((x[0] != cfg.vocab_size).cumprod(0).sum())
@@ -297,7 +297,7 @@ def make_optimizers(model, cfg):
 
 
 def evaluate(model, data, cfg, split="val", n=128):
-    """The exact likelihood of the first n rows of a split, as a row of the log."""
+    """The exact likelihood of the rows of get_eval_rows, as an entry of the log."""
     x0, true_nll = get_eval_rows(getattr(data, split), cfg, n)
     nats = nll(model, x0.to(model.head.weight.device), cfg)
     return likelihood(nats, x0, true_nll, data.tokenizer, cfg, "exact")
@@ -341,8 +341,8 @@ def train(cfg, sample=sample):
                 optimizer.zero_grad()
             step += 1
             beta = min(cfg.ema, (1 + step) / (10 + step))  # smaller at first: early weights fade
-            weights = [p.detach() for p in model.parameters()]
-            torch._foreach_lerp_([*ema.parameters()], weights, 1 - beta)
+            params = [p.detach() for p in model.parameters()]
+            torch._foreach_lerp_([*ema.parameters()], params, 1 - beta)
             run.log_step(step, x0.numel(), total, grad_norm=norm, lr=get_lr(step - 1, cfg))
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 run.save(step, *state)

@@ -10,26 +10,26 @@ same codes, but Gaussian noise. lab/bit_variants.py: bit head with BCE, mixtures
     python bit_diffusion.py eval    the bound on 500 test rows, samples
     python lab/bit_variants.py --head bit       predict clean bits, BCE: K outputs, not V
 
-Equations. C (V, K) holds a code of +-1 for each token, K = ceil(log2 V); row C_v is token v's.
-    (E1)  forward process: each bit of b_i (position i) is right, as in b_0,i = C[x_0,i], with
+Equations. Row U_v of U (V, K) is token v's code of K = ceil(log2 V) bits, each 1 or -1.
+    (E1)  forward process: each bit of b_i (position i) is right, as in b_0,i = U_x, x = x_0,i, with
           probability (1 + a_i) / 2, of log-odds lam_i = ln((1 + a_i) / (1 - a_i)), else flipped
     (E2)  own time of a position t_i = clamp((t - tau_i) / w, 0, 1), tau_i in [0, 1 - w], and a_i =
           a(t_i) falls from 1 to 0; w = 1: the usual process; w -> 0: one token after another
-    (E3)  self-likelihood: log q(b_i | v) = 1/2 lam_i b_i.C_v + const, the same for all v
+    (E3)  self-likelihood: log q(b_i | v) = 1/2 lam_i b_i.U_v + const, the same for all v
     (E4)  p_i = softmax(net_i(b) + log q(b_i | .)), net_i like a log prior
-    (E5)  log-odds of bit k to be +1: l_k = ln sum_{v: C_vk = 1} p_v - ln sum_{v: C_vk = -1} p_v
-    (E6)  -log p(x_0) <= NELBO, any tau: sum_i int_0^inf d lam_i / (2 sinh lam_i) E_b sum_k [R^ - R
-          + R ln(R / R^)], the score entropy of SEDD (Lou et al. 2024) for this flip rate, R =
-          exp(-lam b b_0) = q(-b | b_0) / q(b | b_0), R^ = sigmoid(l b) exp(-lam) + sigmoid(-l b)
-          exp(lam) its mean under (E5); no other term, as a = 0 at the end and 1 at the start
-    (E7)  posterior q(b_s != b_t | b_t, b_0) = (1 - r) (1 - a_s y) / (2 (1 + a_t y)), y = b_t b_0,
+    (E5)  log-odds of bit k to be +1: l_k = ln sum_{v: U_vk = 1} p_v - ln sum_{v: U_vk = -1} p_v
+    (E6)  -log p(x_0) <= NELBO = sum_i int_0^inf d lam_i / (2 sinh lam_i) E_b sum_k [R_hat - R
+          + R ln(R / R_hat)], any tau: SEDD's score entropy (Lou et al. 2024) for this flip rate.
+          For one bit b, R = exp(-lam b b_0) = q(-b | b_0) / q(b | b_0), and R_hat, its mean under
+          (E5), is sigmoid(l b) exp(-lam) + sigmoid(-l b) exp(lam); no end terms, as a is 1, then 0
+    (E7)  s < t: q(b_s != b_t | b_t, b_0) = (1 - r) (1 - a_s y) / (2 (1 + a_t y)), y = b_t b_0,
           r = a_t / a_s
-    (E8)  reverse step: a token v ~ p_i, then each bit from (E7) with C_v in place of b_0,i
+    (E8)  reverse step: a token v ~ p_i, then each bit from (E7) with U_v in place of b_0,i
 
-Shapes: B rows, T tokens, V vocabulary, K bits, H heads, D = C / H; C is the width in the model.
-Units: nats. Every position of a row is scored, also EOS padding. g seeds all noise.
+Shapes: B rows, T tokens, V vocabulary, K bits, C width, H heads, D = C / H. Units: nats.
+Every position of a row is scored, also EOS padding. g seeds all noise. Loss: -log p_i(x_0,i).
 
-Differs from D3PM: own times (E2). With E b_0 for b_0, (E7) would count b_t twice (notebook 04).
+Differs from D3PM: own times (E2); (E8) draws v: the mean of U_v in (E7) would count b_t twice.
 """
 import copy
 import math
@@ -55,11 +55,11 @@ class Config:
     vocab_size: int = 0  # tokens to predict; 0 = the tokenizer's own size (bpe: 2048)
     max_docs: int = 0  # use at most this many documents; 0 = all
     split: Literal["auto", "lines"] = "auto"  # lines: each line of a text file is a document
-    rows: Literal["auto", "docs", "stream"] = "auto"  # a document a row, or windows of running text
+    rows: Literal["auto", "docs", "stream"] = "auto"  # auto: docs (one a row) for tales, or stream
     out: str = "out/bit_diffusion"  # run folder
     resume: bool = False  # continue the run in the run folder
     log: Literal["", "tensorboard", "wandb", "tensorboard,wandb"] = ""  # besides log.jsonl
-    preset: Literal["tiny", "small", "medium"] = "tiny"  # 4x192, 8x512, 12x768
+    preset: Literal["tiny", "small", "medium"] = "tiny"  # layers x width 4x192, 8x512, 12x768
     seed: int = 1337  # of weights, batches and noise
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 is autocast
@@ -75,12 +75,12 @@ class Config:
     grad_accum: int = 1  # micro-batches per step
     lr: float = 1e-2  # peak learning rate
     warmup: int = 50  # steps of linear warm-up; then linearly to zero
-    ema: float = 0.99  # moving average of the weights, which is evaluated and saved; 0 = off
+    ema: float = 0.99  # decay of the averaged weights, which are evaluated and saved; 0 = off
     eval_every: int = 200  # steps between evaluations and checkpoints
     # method
     schedule: Literal["quadratic", "cosine", "linear"] = "quadratic"  # of a(t), see SCHEDULES
-    noise_window: float = 0.1  # w, time from a position's first noise to pure noise (E2), of 1
-    # sampling; the bound: --order random --temperature 1 --no-length-first, many --num-steps
+    noise_window: float = 0.1  # w (E2), share of the time in which one position gets its noise
+    # sampling; as in the bound: --order random --temperature 1 --no-length-first, many --num-steps
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "A ___ and ___3.": fill one token and three; then the text ends
@@ -103,7 +103,7 @@ PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256,
 
 
 # ---- 2. data -----------------------------------------------------------------------------------
-# load_data(cfg) sets vocab_size, rows, eos, bos; a split is (ids, document offsets, log p or None)
+# load_data(cfg) sets vocab_size, rows, eos; a split is (ids, document offsets, log p or None)
 def get_rows(split, cfg, index):
     """Documents `index`, filled with EOS or cut, or windows from the tokens `index` on: (B, T)."""
     ids, offsets, _ = split
@@ -139,7 +139,7 @@ def rotate(x, positions):
     D = x.shape[-1]
     angle = positions[:, None] * 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    turned = pairs * torch.polar(torch.ones_like(angle), angle)  # (B, H, T, D / 2)
+    turned = pairs * torch.polar(torch.ones_like(angle), angle)  # (..., T, D / 2)
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
@@ -303,13 +303,13 @@ def bit_logits(model, logits):
     return (p @ ones).log() - (p @ (1 - ones)).log()  # (E5)
 
 
-def nelbo_integrand(odds, bits, clean, lam):
+def nelbo_integrand(l_k, bits, clean, lam):
     """Nats per unit of lam, (n,), float64: the network's log-odds of each bit, the noisy bits and
     the clean ones, (n, K) each, and their lam (n,)."""
     bits, clean, lam = wide(bits), wide(clean), wide(lam)[:, None]
-    log_r = -lam * bits * clean
-    log_r_hat = torch.logaddexp(F.logsigmoid(bits * odds) - lam, F.logsigmoid(-bits * odds) + lam)
-    cost = log_r_hat.exp() + log_r.exp() * (log_r - log_r_hat - 1)
+    log_R = -lam * bits * clean
+    log_R_hat = torch.logaddexp(F.logsigmoid(bits * l_k) - lam, F.logsigmoid(-bits * l_k) + lam)
+    cost = log_R_hat.exp() + log_R.exp() * (log_R - log_R_hat - 1)
     return (cost / (2 * lam.sinh())).sum(1)  # (E6)
 
 
@@ -327,7 +327,7 @@ def corrupt(x0, cfg, g):
 
 
 def loss_fn(model, x0, bits, lam, weight):
-    """Weighted cross-entropy of the noisy tokens. The NELBO ends lower than if it were the loss."""
+    """Weighted cross-entropy of the noisy tokens: it leads to a lower NELBO than NELBO as loss."""
     at_noisy = (weight > 0).nonzero(as_tuple=True)
     logits = model(bits, lam, at_noisy)
     return (F.cross_entropy(logits, x0[at_noisy], reduction="none") * weight[at_noisy]).sum()
@@ -347,11 +347,11 @@ def nelbo(model, x0, cfg, g, draws=8, is_given=None):
     for k in range(draws):
         lam, slope = noise_levels(first + (last - first) * (k + u) / draws, tau, cfg)
         bits, nats = q_sample(clean, lam.to(device), g), torch.zeros(B, T).double()
-        for i in torch.arange(B).split(64):
-            lam_i, target = lam[i].to(device), (slope[i] > 0).to(device)
-            odds = bit_logits(model, model(bits[i], lam_i, target))
-            cost = nelbo_integrand(odds, bits[i][target], clean[i][target], lam_i[target])
-            nats[i] = nats[i].masked_scatter(slope[i] > 0, cost.cpu())
+        for j in torch.arange(B).split(64):
+            lam_j, target = lam[j].to(device), (slope[j] > 0).to(device)
+            l_k = bit_logits(model, model(bits[j], lam_j, target))
+            cost = nelbo_integrand(l_k, bits[j][target], clean[j][target], lam_j[target])
+            nats[j] = nats[j].masked_scatter(slope[j] > 0, cost.cpu())
         total += ((last - first) / draws * slope * nats).sum(1)  # (E6)
     return total
 
@@ -375,9 +375,9 @@ def filter_logits(logits, cfg):
 def categorical(logits, g):
     """One draw per row of logits (n, V) -> (n,), by inverting the cumulative distribution in
     float64: float32 noise would cut off the tail (Zheng et al. 2024, section 5)."""
-    p = (logits.cpu() if logits.device.type == "mps" else logits).double().softmax(1).cumsum(1)
-    u = torch.rand(len(p), 1, generator=g, dtype=torch.float64).to(p.device) * p[:, -1:]
-    return (p <= u).sum(1).clamp(max=p.shape[1] - 1).to(logits.device)
+    cdf = (logits.cpu() if logits.device.type == "mps" else logits).double().softmax(1).cumsum(1)
+    u = torch.rand(len(cdf), 1, generator=g, dtype=torch.float64).to(cdf.device) * cdf[:, -1:]
+    return (cdf <= u).sum(1).clamp(max=cdf.shape[1] - 1).to(logits.device)
 
 
 def draw_length(model, x, cfg, g):
@@ -392,16 +392,16 @@ def draw_length(model, x, cfg, g):
 
 
 def reassign_times(tau, is_waiting, score):
-    """tau (B, T), reassigned among the positions that wait: the highest score is denoised first."""
+    """tau (B, T), permuted where is_waiting: the highest score gets the largest, denoised first."""
     late = tau.masked_fill(~is_waiting, -torch.inf).sort(1, descending=True).values
     best = score.masked_fill(~is_waiting, -torch.inf).argsort(1, descending=True)
     return torch.where(is_waiting, tau.scatter(1, best, late), tau)
 
 
 def flip_probability(lam_t, lam_s, y):
-    """(E7): the probability that a bit changes from lam_t up to lam_s > lam_t, (n, 1), if it is
-    right at first, y = 1, or wrong, y = -1; float64. Without differences of numbers near one:
-    1 + a y = 2 sigmoid(y lam), 1 - r = sinh((s - t) / 2) / (sinh(s / 2) cosh(t / 2)), s = lam_s."""
+    """The flip probability of bits from lam_t up to lam_s, (n, 1) each, if right at t, y = 1, or
+    wrong, -1: (n, K) both, float64. Without differences near one (t = lam_t, s = lam_s below):
+    1 + a y = 2 sigmoid(y lam), 1 - r = sinh((s - t) / 2) / (sinh(s / 2) cosh(t / 2))."""
     t, s = wide(lam_t), wide(lam_s)
     jump = ((s - t) / 2).sinh() / ((s / 2).sinh() * (t / 2).cosh())  # 1 - r
     return (jump * (-y * s).sigmoid() / (2 * (y * t).sigmoid())).clamp(max=1)  # (E7)
@@ -417,7 +417,7 @@ def draw_x0(model, logits, bits, lam, cfg, g):
 @torch.no_grad()
 def sample(model, x, cfg, g, on_step=lambda nfe, x: None, draw_x0=draw_x0):
     """The reverse process: positions of x (B, T) with the mask id V become tokens, all else is
-    given. Returns x and NFE. on_step(nfe, ids): V where a token is improbable."""
+    given. Returns x and NFE. on_step(nfe, ids): V where P(all bits right) < 1/2, or no token."""
     x, V, nfe, device = x.clone(), cfg.vocab_size, 0, x.device
     length_first = cfg.length_first and cfg.rows == "docs"
     if length_first and (x[:, -1] == V).any():
@@ -448,12 +448,12 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, draw_x0=draw_x0):
             logits, is_target = logits[(lam_s > lam)[is_target]], lam_s > lam
         # 3. draw: one reverse step; where lam_s is clean the codes become tokens
         bits_t, is_last = bits[is_target], lam_s[is_target] >= CLEAN
-        x0_hat = draw_x0(model, logits, bits_t, lam[is_target], cfg, g)
-        y = wide(bits_t * x0_hat)
-        f = flip_probability(lam[is_target][:, None], lam_s[is_target][:, None], y)
+        U_v = draw_x0(model, logits, bits_t, lam[is_target], cfg, g)
+        y = wide(bits_t * U_v)
+        f = flip_probability(lam[is_target][:, None], lam_s[is_target][:, None], y)  # (E8)
         flips = (torch.rand(f.shape, generator=g, dtype=torch.float64).to(f.device) < f).to(device)
-        bits[is_target] = torch.where(is_last[:, None], x0_hat, torch.where(flips, -bits_t, bits_t))
-        x[is_target] = torch.where(is_last, bits_to_int(x0_hat, V), V)
+        bits[is_target] = torch.where(is_last[:, None], U_v, torch.where(flips, -bits_t, bits_t))
+        x[is_target] = torch.where(is_last, bits_to_int(U_v, V), V)
         on_step(nfe, bits_to_int(bits, V).masked_fill(lam_s.sigmoid() ** bits.shape[2] < 0.5, V))
     return x, nfe
 
@@ -477,7 +477,7 @@ def make_optimizers(model, cfg):
 
 
 def evaluate(model, data, cfg, split="val", n=128, nelbo=nelbo):
-    """The bound for the first n rows of a split, as a row of the log."""
+    """The bound for the rows of get_eval_rows, as an entry of the log."""
     x0, true_nll = get_eval_rows(getattr(data, split), cfg, n)
     nats = nelbo(model, x0.to(model.head.weight.device), cfg, torch.Generator().manual_seed(0))
     return likelihood(nats, x0, true_nll, data.tokenizer, cfg, "upper")
@@ -521,8 +521,8 @@ def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sampl
                 optimizer.zero_grad()
             step += 1
             beta = min(cfg.ema, (1 + step) / (10 + step))  # smaller at first: early weights fade
-            weights = [p.detach() for p in model.parameters()]
-            torch._foreach_lerp_([*ema.parameters()], weights, 1 - beta)
+            params = [p.detach() for p in model.parameters()]
+            torch._foreach_lerp_([*ema.parameters()], params, 1 - beta)
             run.log_step(step, x0.numel(), total, grad_norm=norm, lr=get_lr(step - 1, cfg))
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 run.save(step, *state)

@@ -71,7 +71,7 @@ def check(cfg, stored):
         if field.type in (int, float) and not least <= value < 2 ** 31:  # nan is refused, too
             bad.append(f"{flag} is {value}, it must be at least {least} and less than 2^31")
         if field.name in keys and value != getattr(stored, field.name):
-            bad.append(f"{flag} is {value}, the checkpoint has {getattr(stored, field.name)}")
+            bad.append(f"leave out {flag}: the checkpoint has {getattr(stored, field.name)}")
     if cfg.n_embd % (2 * max(1, cfg.n_head)):
         bad.append(f"--n-embd {cfg.n_embd} must be a multiple of 2 x n_head = {2 * cfg.n_head}")
     if cfg.top_p > 1 or cfg.ema >= 1:
@@ -92,7 +92,7 @@ class Run:
         self.dtype = pick_dtype(cfg.dtype, self.device)
         self.amp = torch.autocast(self.device.type, torch.bfloat16, self.dtype == "bfloat16")
         if cfg.batch_size < self.world:
-            raise UserError(f"--batch-size {cfg.batch_size} is less than {self.world} processes")
+            raise UserError(f"--batch-size must be at least {self.world}, a row for each process")
 
     def __enter__(self):
         if self.world > 1:

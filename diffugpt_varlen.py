@@ -12,8 +12,8 @@ Equations. A canvas is text, EOS, PAD, PAD ...; L is the position of EOS (T: non
     (E1)  NELBO = sum_{n=1..T} 1/n E_{n masks} sum_masked -log p(x_i | x_t) >= -log p(x_0)
     (E2)  shift: p(x_i | x_t) = softmax(W h_{i-1}), as in the causal parent; h_{-1} is that of BOS
     (E3)  annealing: position i attends to j > i with probability r, which grows from 0 to 1
-    (E4)  behind a prompt, all masked: p_i(EOS) = P(L = i), p_i(PAD) = P(L < i). A network's need
-          not agree, but its hazards P(L = i | L >= i) = p_i(EOS) / (1 - p_i(PAD)) always give P(L)
+    (E4)  p_i = p(x_i | prompt, rest masked). Exact: p_i(EOS) = P(L = i), p_i(PAD) = P(L < i). Any
+          network gives P(L) by its hazards P(L = i | L >= i) = p_i(EOS) / (1 - p_i(PAD))
     (E5)  training crops canvases at sizes that do not depend on the text, so p(x_i | visible) does
           not depend on the size: sampling may begin with a short canvas and extend it
     (E6)  truncation: what follows the first visible EOS or PAD is PAD and need not be computed
@@ -52,11 +52,11 @@ class Config:
     vocab_size: int = 0  # tokens to predict; 0 = the tokenizer's own size (bpe: 2048)
     max_docs: int = 0  # use at most this many documents; 0 = all
     split: Literal["auto", "lines"] = "auto"  # lines: each line of a text file is a document
-    rows: Literal["auto", "docs", "stream"] = "auto"  # a document a row, or windows of running text
+    rows: Literal["auto", "docs", "stream"] = "auto"  # auto: docs (one a row) for tales, or stream
     out: str = "out/diffugpt_varlen"  # run folder
     resume: bool = False  # continue the run in the run folder
     log: Literal["", "tensorboard", "wandb", "tensorboard,wandb"] = ""  # besides log.jsonl
-    preset: Literal["tiny", "small", "medium"] = "tiny"  # 4x192, 8x512, 12x768
+    preset: Literal["tiny", "small", "medium"] = "tiny"  # layers x width 4x192, 8x512, 12x768
     seed: int = 1337  # of weights, batches and noise
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 is autocast
@@ -72,7 +72,7 @@ class Config:
     grad_accum: int = 1  # micro-batches per step
     lr: float = 6e-3  # peak learning rate
     warmup: int = 50  # steps of linear warm-up; then linearly to zero
-    ema: float = 0.99  # moving average of the weights, which is evaluated and saved; 0 = off
+    ema: float = 0.99  # decay of the averaged weights, which are evaluated and saved; 0 = off
     eval_every: int = 200  # steps between evaluations and checkpoints
     # method
     pipeline: Literal["diffusion", "arm"] = "diffusion"  # arm: autoregressive, as the parent is
@@ -81,12 +81,12 @@ class Config:
     attn_annealing_steps: int = 100  # steps in which r of (E3) grows from 0 to 1; 1: r is 1
     p_prompt: float = 0.2  # share of rows with a prompt; half of them mask everything behind it
     p_crop: float = 0.25  # share of batches cropped at a random length (E5)
-    # sampling; the bound is for --order random --num-steps 0 --temperature 1
+    # sampling; as in the bound: --order random --num-steps 0 --temperature 1 --length-mode fixed
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "A ___ and ___3.": fill one token and three; then the text ends
     trace: bool = False  # print the trajectory of the first sample
-    num_steps: int = 80  # a step unmasks T / num_steps tokens, rounded up; 0 = one
+    num_steps: int = 80  # a step unmasks (T - prompt) / num_steps tokens, rounded up; 0 = one
     order: Literal["random", "l2r", "maxprob", "margin", "entropy"] = "maxprob"  # unmasked first
     # how much of the row is computed, and when its length is decided: see sample()
     length_mode: Literal["fixed", "truncate", "quantile", "blockwise", "presampled"] = "presampled"
@@ -305,8 +305,8 @@ def corrupt(x0, cfg, g, step=math.inf, random_prompts=random_prompts):
 
 
 def loss_fn(model, x, xt, weight, attention_mask):
-    """Weighted cross-entropy in nats per position that may be masked; without prompts, crops and
-    annealing NELBO / T. Micro-batches add up."""
+    """Weighted cross-entropy in nats per position that may be masked; it is NELBO / T without
+    prompts, crops and annealing. arm: nats per token. Micro-batches add up."""
     at_target = (weight > 0).nonzero(as_tuple=True)
     logits = model(xt, at_target, attention_mask).float()
     return (weight[at_target] * F.cross_entropy(logits, x[at_target], reduction="none")).sum()
@@ -342,7 +342,7 @@ def nelbo_per_token(model, x0, cfg, g, draws=8, is_given=None):
 def nelbo(model, x0, cfg, g, draws=8, is_given=None):
     """Unbiased estimate of an upper bound on -log p(x0) in nats per row, (B,), from `draws` numbers
     n of masks for each row, stratified over 1..N. With a boolean `is_given` (B, T) it is a bound on
-    -log p(the other N tokens | the given ones). Pipeline arm: exact, of what follows a prompt."""
+    -log p(the other N tokens | the given ones). arm: exact, and what is given must be a prompt."""
     return nelbo_per_token(model, x0, cfg, g, draws, is_given).sum(1)
 
 
@@ -374,9 +374,9 @@ def filter_logits(logits, cfg):
 def categorical(logits, g):
     """One draw per row of logits (n, V) -> (n,), by inverting the cumulative distribution in
     float64: float32 noise would cut off the tail (Zheng et al. 2024, section 5)."""
-    p = (logits.cpu() if logits.device.type == "mps" else logits).double().softmax(1).cumsum(1)
-    u = torch.rand(len(p), 1, generator=g, dtype=torch.float64).to(p.device) * p[:, -1:]
-    return (p <= u).sum(1).clamp(max=p.shape[1] - 1).to(logits.device)
+    cdf = (logits.cpu() if logits.device.type == "mps" else logits).double().softmax(1).cumsum(1)
+    u = torch.rand(len(cdf), 1, generator=g, dtype=torch.float64).to(cdf.device) * cdf[:, -1:]
+    return (cdf <= u).sum(1).clamp(max=cdf.shape[1] - 1).to(logits.device)
 
 
 def hazard_to_dist(log_hazard, log_stay, m):
@@ -394,13 +394,13 @@ def length_dist(model, x, m, cfg):
     of the network: (B, T + 1), column T is "longer than the canvas"."""
     is_wanted = torch.arange(x.shape[1], device=x.device) >= m[:, None]
     logits = model(x.masked_fill(is_wanted, cfg.vocab_size + 1)).float()
-    log_hazard = logits[..., :cfg.vocab_size].log_softmax(2)[..., cfg.eos]  # 1 - p(PAD) divided out
+    log_hazard = logits[..., :cfg.vocab_size].log_softmax(2)[..., cfg.eos]  # PAD left out (E4)
     log_stay = torch.log1p(-log_hazard.exp().clamp(max=1 - 1e-7))
     return hazard_to_dist(log_hazard, log_stay, m)
 
 
 def predict(model, x, is_target, end):
-    """Logits (number of targets, outputs) of canvases x (n, T), of which row r has end[r]
+    """Logits (number of targets, outputs) of canvases x (B, T), of which the i-th has end[i]
     positions. Rows of similar length go together, cut to the longest of them: this saves time."""
     number = is_target.flatten().cumsum(0).view(is_target.shape) - 1  # a target's row in logits
     by_end, logits = is_target.any(1).nonzero()[:, 0], None
@@ -417,8 +417,8 @@ def predict(model, x, is_target, end):
 
 @torch.no_grad()
 def sample_ar(model, x, cfg, g, on_step=lambda nfe, x: None):
-    """The causal parent continues the canvas x (n, T), prompts of one length and then the id V,
-    from left to right. ar.py does it faster, with a cache of keys and values."""
+    """The causal parent continues the canvas x (B, T), prompts of one length and then the id V,
+    from left to right: x and NFE. ar.py does it faster, with a cache of keys and values."""
     x, first = x.clone(), int((x[0] != cfg.vocab_size).cumprod(0).sum())
     causal = random_attention(x.shape[1] + 1, 0, x.device)
     ended, i = torch.zeros_like(x[:, 0], dtype=torch.bool), first - 1  # a full row takes no step
@@ -435,16 +435,16 @@ def sample_ar(model, x, cfg, g, on_step=lambda nfe, x: None):
 
 @torch.no_grad()
 def sample(model, x, cfg, g, on_step=lambda nfe, x: None, length_dist=length_dist):
-    """The reverse process: positions of x (n, T) with the id V become tokens, all else is given (V
+    """The reverse process: positions of x (B, T) with the id V become tokens, all else is given (V
     is the mask here, as in mdlm.py; PAD is internal). Returns x, EOS-filled, and NFE; on_step(nfe,
-    x) sees x before it is cut. At temperature 1 and one token per step the length modes have one
-    distribution (E5): fixed computes the whole row; truncate stops behind the first EOS or PAD;
+    x) sees x before it is cut. The length modes of an exact model have one distribution (E5), at
+    temperature 1, a token a step: fixed computes the row; truncate stops behind the first EOS, PAD;
     quantile begins with a canvas that holds L with probability length_quantile, blockwise with one
     block, and both grow; presampled draws L first, at temperature 1, and writes the EOS there. With
     order maxprob and temperature 0.5 the others write shorter texts than real ones (LOG.md)."""
     if cfg.pipeline == "arm":
         return sample_ar(model, x, cfg, g, on_step)
-    (n, T), V, M, docs, nfe = x.shape, cfg.vocab_size, cfg.vocab_size + 1, cfg.rows == "docs", 0
+    (B, T), V, M, docs, nfe = x.shape, cfg.vocab_size, cfg.vocab_size + 1, cfg.rows == "docs", 0
     column, is_given = torch.arange(T, device=x.device), x != V
     x = to_canvas(x.masked_fill(~is_given, M), cfg)
     m = is_given.cumprod(1).sum(1)  # tokens of the prompt
@@ -484,7 +484,7 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, length_dist=length_dis
         if docs:
             logits[:, [cfg.eos, V]] = logits[:, [cfg.eos, V]].masked_fill(
                 is_text.expand_as(x)[is_mask][:, None], -torch.inf)
-        # 4. choose positions to unmask, those of most confidence first
+        # 4. choose positions to unmask, those of the highest score (--order) first
         score = torch.zeros(x.shape, device=x.device)
         score[is_mask] = ORDERS[cfg.order](logits.log_softmax(1), is_mask.nonzero()[:, 1])
         # text at its last position says that a row is longer than the canvas: it comes first
@@ -506,7 +506,7 @@ def get_lr(step, cfg):
 
 def make_optimizers(model, cfg):
     """Muon for the matrices inside the blocks, AdamW for the rest. A group's rate is `scale` times
-    the scheduled one: the embedding, which is the head too, has 1, all others 3 (see LOG.md)."""
+    the scheduled one: matrices and embeddings (wte is the head) have 1, all others 3 (LOG.md)."""
     hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
     embed = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     rest = [p for p in model.parameters() if not any(p is other for other in hidden + embed)]
@@ -516,7 +516,7 @@ def make_optimizers(model, cfg):
 
 
 def evaluate(model, data, cfg, split="val", n=128, nelbo=nelbo):
-    """The bound, or the parent's likelihood, for the first n rows of a split: a row of the log."""
+    """The bound, or the parent's likelihood, for the rows of get_eval_rows: an entry of the log."""
     x0, true_nll = get_eval_rows(getattr(data, split), cfg, n)
     device = model.transformer.wte.weight.device
     nats = nelbo(model, x0.to(device), cfg, torch.Generator().manual_seed(0))
@@ -577,8 +577,8 @@ def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sampl
                 optimizer.zero_grad()
             step += 1
             beta = min(cfg.ema, (1 + step) / (10 + step))  # smaller at first: early weights fade
-            weights = [p.detach() for p in model.parameters()]
-            torch._foreach_lerp_([*ema.parameters()], weights, 1 - beta)
+            params = [p.detach() for p in model.parameters()]
+            torch._foreach_lerp_([*ema.parameters()], params, 1 - beta)
             run.log_step(step, x0.numel(), total, grad_norm=norm, lr=get_lr(step - 1, cfg))
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 run.save(step, *state)

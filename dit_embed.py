@@ -10,7 +10,7 @@ lab/dit_variants.py: eps / x0 / v prediction, beta schedules, DDIM, self-conditi
     python dit_embed.py eval    the bound on 500 test rows, samples
 
 Equations. E (V, d): row E_v of norm 1 is token v's vector; snr = alpha^2 / sigma^2, lam = log snr.
-    (E1)  forward process: z_i = alpha_i E[x_0,i] + sigma_i eps, alpha^2 = sigmoid(lam_i) and
+    (E1)  forward process: z_i = alpha_i E_x + sigma_i eps, x = x_0,i, alpha^2 = sigmoid(lam_i) and
           sigma^2 = 1 - alpha^2
     (E2)  own time of a position t_i = clamp((t - tau_i) / w, 0, 1), tau_i in [0, 1 - w], and lam_i
           linear in t_i; w = 1: the usual process; w -> 0: one token after another, any order
@@ -18,15 +18,15 @@ Equations. E (V, d): row E_v of norm 1 is token v's vector; snr = alpha^2 / sigm
     (E4)  p_i = softmax(net_i(z) + log q(z_i | .)), net_i like a log prior; x0_hat_i = p_i E
     (E5)  -log p(x_0) <= NELBO = PRIOR + DIFFUSION + RECONSTRUCTION, any tau; < >: mean over eps.
           PRIOR = sum_i KL(q(z_i | x_0) || N(0, I)) at t = 1; RECONSTRUCTION = at t = 0,
-          sum_i <-log p_i(x_0,i)>; DIFFUSION = 1/2 sum_i int <|E[x_0,i] - x0_hat_i|^2> d snr_i
-    (E6)  for s < t, q(z_s | z_t, x_0) = N(a z_t + b E[x_0], sigma_q^2 I): c = 1 - snr_t / snr_s,
-          a = alpha_s / alpha_t (1 - c), b = alpha_s c, sigma_q^2 = sigma_s^2 c
-    (E7)  reverse step: v ~ p_i, z_s from (E6) with E_v for E[x_0]; at t = 0, the token v ~ p_i
+          sum_i <-log p_i(x_0,i)>; DIFFUSION = 1/2 sum_i int <|E_x - x0_hat_i|^2> d snr_i
+    (E6)  for s < t, i left out: q(z_s | z_t, x_0) = N(a z_t + b E_x, sigma_q^2 I), c = 1 - snr_t /
+          snr_s, a = (1 - c) alpha_s / alpha_t, b = alpha_s c, sigma_q^2 = sigma_s^2 c
+    (E7)  reverse step: v ~ p_i, z_s from (E6) with E_v for E_x; at t = 0, the token v ~ p_i
 
 Shapes: B rows, T tokens, V vocabulary, C width, H heads, D = C / H, d embedding width. Units: nats.
-Every position of a row is scored, also EOS padding. g seeds all noise.
+Every position of a row is scored, also EOS padding. g seeds all noise. Loss: -log p_i(x_0,i).
 
-Differs from the papers: own times (E2). From ar.py: noisy vectors in, adaLN-zero, no causal mask.
+Differs from the papers: own times (E2). From ar.py: noisy vectors in, adaLN, no causal mask.
 """
 import copy
 import math
@@ -52,11 +52,11 @@ class Config:
     vocab_size: int = 0  # tokens to predict; 0 = the tokenizer's own size (bpe: 2048)
     max_docs: int = 0  # use at most this many documents; 0 = all
     split: Literal["auto", "lines"] = "auto"  # lines: each line of a text file is a document
-    rows: Literal["auto", "docs", "stream"] = "auto"  # a document a row, or windows of running text
+    rows: Literal["auto", "docs", "stream"] = "auto"  # auto: docs (one a row) for tales, or stream
     out: str = "out/dit_embed"  # run folder
     resume: bool = False  # continue the run in the run folder
     log: Literal["", "tensorboard", "wandb", "tensorboard,wandb"] = ""  # besides log.jsonl
-    preset: Literal["tiny", "small", "medium"] = "tiny"  # 4x192, 8x512, 12x768
+    preset: Literal["tiny", "small", "medium"] = "tiny"  # layers x width 4x192, 8x512, 12x768
     seed: int = 1337  # of weights, batches and noise
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 is autocast
@@ -72,19 +72,19 @@ class Config:
     grad_accum: int = 1  # micro-batches per step
     lr: float = 1e-2  # peak learning rate
     warmup: int = 50  # steps of linear warm-up; then linearly to zero
-    ema: float = 0.99  # moving average of the weights, which is evaluated and saved; 0 = off
+    ema: float = 0.99  # decay of the averaged weights, which are evaluated and saved; 0 = off
     eval_every: int = 200  # steps between evaluations and checkpoints
     # method
     emb_dim: int = 16  # d, width of the embeddings that get the noise
     logsnr_above: float = 3.0  # largest lam, above log(2 ln V), where z_i alone loses the token
     logsnr_below: float = 8.0  # smallest lam, below log(2 ln V)
-    noise_window: float = 0.1  # w, time from a position's first noise to pure noise (E2), of 1
-    # sampling; the bound: --order random --temperature 1 --no-length-first, many --num-steps
+    noise_window: float = 0.1  # w (E2), share of the time in which one position gets its noise
+    # sampling; as in the bound: --order random --temperature 1 --no-length-first, many --num-steps
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "A ___ and ___3.": fill one token and three; then the text ends
     trace: bool = False  # print the trajectory of the first sample
-    num_steps: int = 64  # steps, one NFE each and one for the end; 0 = one step per token
+    num_steps: int = 64  # one NFE each, one for the end, one for the length; 0 = one a token
     order: Literal["random", "l2r", "maxprob"] = "maxprob"  # which position is denoised first
     length_first: bool = True  # draw the length of a document first, then its tokens
     temperature: float = 0.5  # below 1: safer, less varied; 0: most likely by context
@@ -104,7 +104,7 @@ PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256,
 
 
 # ---- 2. data -----------------------------------------------------------------------------------
-# load_data(cfg) sets vocab_size, rows, eos, bos; a split is (ids, document offsets, log p or None)
+# load_data(cfg) sets vocab_size, rows, eos; a split is (ids, document offsets, log p or None)
 def get_rows(split, cfg, index):
     """Documents `index`, filled with EOS or cut, or windows from the tokens `index` on: (B, T)."""
     ids, offsets, _ = split
@@ -140,7 +140,7 @@ def rotate(x, positions):
     D = x.shape[-1]
     angle = positions[:, None] * 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    turned = pairs * torch.polar(torch.ones_like(angle), angle)  # (B, H, T, D / 2)
+    turned = pairs * torch.polar(torch.ones_like(angle), angle)  # (..., T, D / 2)
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
@@ -187,14 +187,14 @@ class Block(nn.Module):
             return x + self.conv(x.mT[:, :, None])[:, :, 0].mT  # 2d: faster than 1d
 
     def forward(self, x, positions, ada, is_target=None):
-        """ada: scale a, shift b, gate c, (B, T, C) each, twice: adaLN (Peebles and Xie 2023). Here
+        """ada: scale, shift, gate, (B, T, C) each, twice: adaLN (Peebles and Xie 2023). Here
         the residual outputs start at zero and gates at one; both at zero have no gradient."""
         x = self.convolve(x)
-        a1, b1, c1, a2, b2, c2 = ada
-        x = x + (1 + c1) * self.attn(self.norm1(x) * (1 + a1) + b1, positions)
+        scale1, shift1, gate1, scale2, shift2, gate2 = ada
+        x = x + (1 + gate1) * self.attn(self.norm1(x) * (1 + scale1) + shift1, positions)
         if is_target is not None:
-            x, a2, b2, c2 = (y[is_target] for y in (x, a2, b2, c2))
-        return x + (1 + c2) * self.mlp(self.norm2(x) * (1 + a2) + b2)
+            x, scale2, shift2, gate2 = (y[is_target] for y in (x, scale2, shift2, gate2))
+        return x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
 def logsnr_range(cfg):
@@ -262,9 +262,9 @@ class Model(nn.Module):
 
     def forward(self, z, lam, is_target=None):
         levels, index = lam.unique(return_inverse=True)  # each level is embedded once
-        noise = self.embed_noise(levels)  # (number of levels, C)
+        noise = self.embed_noise(levels)  # (number of levels, C); 0.1 below slows AdamW
         x = self.embed(z, lam) + F.embedding(index, 0.1 * self.noise_head(noise))
-        x = x + self.wpe.weight[:x.shape[1]]  # 0.1 slows AdamW on noise_head, ada_heads
+        x = x + self.wpe.weight[:x.shape[1]]
         positions = torch.arange(x.shape[1], device=z.device)
         for k, (block, head) in enumerate(zip(self.blocks, self.ada_heads), 1):
             ada = F.embedding(index, 0.1 * head(noise)).chunk(6, 2)
@@ -318,7 +318,7 @@ def corrupt(x0, cfg, g):
 
 
 def loss_fn(model, x0, lam, eps, weight):
-    """Weighted cross-entropy of the noisy tokens. The NELBO ends lower than if it were the loss."""
+    """Weighted cross-entropy of the noisy tokens: it leads to a lower NELBO than NELBO as loss."""
     at_noisy = (weight > 0).nonzero(as_tuple=True)
     logits = model(q_sample(model.embeddings()[x0], lam, eps), lam, at_noisy)
     return (F.cross_entropy(logits, x0[at_noisy], reduction="none") * weight[at_noisy]).sum()
@@ -342,15 +342,15 @@ def nelbo(model, x0, cfg, g, draws=8, is_given=None):
         _, lam, slope = noise_levels(t, tau, cfg)
         is_target = slope > 0 if k < draws else ~is_given
         eps, nats = torch.randn(B, T, cfg.emb_dim, generator=g), torch.zeros(B, T).double()
-        for i in torch.arange(B).split(64):
-            x, lam_i, target = x0[i.to(device)], lam[i].to(device), is_target[i].to(device)
-            logits = model(q_sample(E[x], lam_i, eps[i].to(device)), lam_i, target)
+        for j in torch.arange(B).split(64):
+            x, lam_j, target = x0[j.to(device)], lam[j].to(device), is_target[j].to(device)
+            logits = model(q_sample(E[x], lam_j, eps[j].to(device)), lam_j, target)
             if k == draws:  # reconstruction
                 cost = F.cross_entropy(logits, x[target], reduction="none")
             else:  # diffusion: d snr = snr d lam
                 error = (model.x0_hat(logits) - E[x[target]]).square().sum(1)
-                cost = 0.5 * lam_i[target].exp() * error
-            nats[i] = nats[i].masked_scatter(is_target[i], cost.cpu().double())
+                cost = 0.5 * lam_j[target].exp() * error
+            nats[j] = nats[j].masked_scatter(is_target[j], cost.cpu().double())
         total += (nats * ((last - first) / draws * slope if k < draws else 1)).sum(1)  # (E5)
     return total
 
@@ -374,9 +374,9 @@ def filter_logits(logits, cfg):
 def categorical(logits, g):
     """One draw per row of logits (n, V) -> (n,), by inverting the cumulative distribution in
     float64: float32 noise would cut off the tail (Zheng et al. 2024, section 5)."""
-    p = (logits.cpu() if logits.device.type == "mps" else logits).double().softmax(1).cumsum(1)
-    u = torch.rand(len(p), 1, generator=g, dtype=torch.float64).to(p.device) * p[:, -1:]
-    return (p <= u).sum(1).clamp(max=p.shape[1] - 1).to(logits.device)
+    cdf = (logits.cpu() if logits.device.type == "mps" else logits).double().softmax(1).cumsum(1)
+    u = torch.rand(len(cdf), 1, generator=g, dtype=torch.float64).to(cdf.device) * cdf[:, -1:]
+    return (cdf <= u).sum(1).clamp(max=cdf.shape[1] - 1).to(logits.device)
 
 
 def draw_length(model, x, cfg, g):
@@ -393,7 +393,7 @@ def draw_length(model, x, cfg, g):
 
 
 def reassign_times(tau, is_waiting, score):
-    """tau (B, T), reassigned among the positions that wait: the highest score is denoised first."""
+    """tau (B, T), permuted where is_waiting: the highest score gets the largest, denoised first."""
     late = tau.masked_fill(~is_waiting, -torch.inf).sort(1, descending=True).values
     best = score.masked_fill(~is_waiting, -torch.inf).argsort(1, descending=True)
     return torch.where(is_waiting, tau.scatter(1, best, late), tau)
@@ -484,7 +484,7 @@ def make_optimizers(model, cfg):
 
 
 def evaluate(model, data, cfg, split="val", n=128, nelbo=nelbo):
-    """The bound for the first n rows of a split, as a row of the log."""
+    """The bound for the rows of get_eval_rows, as an entry of the log."""
     x0, true_nll = get_eval_rows(getattr(data, split), cfg, n)
     nats = nelbo(model, x0.to(model.head.weight.device), cfg, torch.Generator().manual_seed(0))
     return likelihood(nats, x0, true_nll, data.tokenizer, cfg, "upper")
@@ -528,8 +528,8 @@ def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sampl
                 optimizer.zero_grad()
             step += 1
             beta = min(cfg.ema, (1 + step) / (10 + step))  # smaller at first: early weights fade
-            weights = [p.detach() for p in model.parameters()]
-            torch._foreach_lerp_([*ema.parameters()], weights, 1 - beta)
+            params = [p.detach() for p in model.parameters()]
+            torch._foreach_lerp_([*ema.parameters()], params, 1 - beta)
             run.log_step(step, x0.numel(), total, grad_norm=norm, lr=get_lr(step - 1, cfg))
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 run.save(step, *state)

@@ -106,8 +106,8 @@ def orthogonalize(G):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) as torch.optim.Muon: momentum, then an orthogonalised update; the
-    matrices of one shape together, in `dtype` (as --dtype)."""
+    """Muon (Jordan et al. 2024), as torch.optim.Muon with match_rms_adamw: momentum, then an
+    orthogonalised update; the matrices of one shape together, in `dtype` (as --dtype)."""
 
     def __init__(self, params, lr, dtype="auto", momentum=0.95, weight_decay=0.05):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))

@@ -19,13 +19,13 @@ t = 1. The network sees x_t, not t. SUBS: it never predicts M, and unmasked toke
     (E6)  remasking: tokens become M again with probability sigma, and masks become tokens with
           (gamma_t - gamma_s + sigma (1 - gamma_t)) / gamma_t, so that P(x_s,i = M) is gamma_s still
 
-Shapes: B rows, T tokens, V vocabulary, C width, H heads, D = C / H. Units: nats. Every position of
-a row is scored, also the EOS that fill it up: the model is not told the length. g draws all noise.
+Shapes: B rows, T tokens, V vocabulary, C width, H heads, D = C / H. Units: nats. Every position is
+scored, also the EOS that fill a row (val: nats / tokens up to the first EOS). g draws all noise.
 
 Differs from the paper: training draws the number of masks n and not t; runs of less than 4000 steps
 draw n with P(n) nearly proportional to n; their loss is no bound (nelbo is). Sampling draws the
 length first, then unmasks fixed numbers of tokens, the most confident first. Differs from ar.py
-(see it for GPT-2): attention and convolutions look both ways, and positions are also learned.
+(where GPT-2 is compared): attention and convolutions look both ways; also learned positions.
 """
 import copy
 import math
@@ -51,11 +51,11 @@ class Config:
     vocab_size: int = 0  # tokens to predict; 0 = the tokenizer's own size (bpe: 2048)
     max_docs: int = 0  # use at most this many documents; 0 = all
     split: Literal["auto", "lines"] = "auto"  # lines: each line of a text file is a document
-    rows: Literal["auto", "docs", "stream"] = "auto"  # a document a row, or windows of running text
+    rows: Literal["auto", "docs", "stream"] = "auto"  # auto: docs (one a row) for tales, or stream
     out: str = "out/mdlm"  # run folder
     resume: bool = False  # continue the run in the run folder
     log: Literal["", "tensorboard", "wandb", "tensorboard,wandb"] = ""  # besides log.jsonl
-    preset: Literal["tiny", "small", "medium"] = "tiny"  # 4x192, 8x512, 12x768
+    preset: Literal["tiny", "small", "medium"] = "tiny"  # layers x width 4x192, 8x512, 12x768
     seed: int = 1337  # of weights, batches and noise
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 is autocast
@@ -71,9 +71,9 @@ class Config:
     grad_accum: int = 1  # micro-batches per step
     lr: float = 1e-2  # peak learning rate
     warmup: int = 50  # steps of linear warm-up; then linearly to zero
-    ema: float = 0.99  # moving average of the weights, which is evaluated and saved; 0 = off
+    ema: float = 0.99  # decay of the averaged weights, which are evaluated and saved; 0 = off
     eval_every: int = 200  # steps between evaluations and checkpoints
-    # sampling; the bound is of order random, num_steps 0, temperature 1, no remask, no length_first
+    # sampling; as in the bound: order random, num_steps 0, temperature 1, no remask or length_first
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "A ___ and ___3.": fill one token and three; then the text ends
@@ -94,7 +94,7 @@ PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256,
 
 
 # ---- 2. data -----------------------------------------------------------------------------------
-# load_data(cfg) sets vocab_size, rows, eos, bos; a split is (ids, document offsets, log p or None)
+# load_data(cfg) sets vocab_size, rows, eos; a split is (ids, document offsets, log p or None)
 def get_rows(split, cfg, index):
     """Documents `index`, filled with EOS or cut, or windows from the tokens `index` on: (B, T)."""
     ids, offsets, _ = split
@@ -130,7 +130,7 @@ def rotate(x, positions):
     D = x.shape[-1]
     angle = positions[:, None] * 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    turned = pairs * torch.polar(torch.ones_like(angle), angle)  # (B, H, T, D / 2)
+    turned = pairs * torch.polar(torch.ones_like(angle), angle)  # (..., T, D / 2)
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
@@ -190,7 +190,7 @@ class Model(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.wte = nn.Embedding(cfg.vocab_size + 1, cfg.n_embd)
-        self.wpe = nn.Embedding(cfg.seq_len, cfg.n_embd)  # to rotary ones all masks look the same
+        self.wpe = nn.Embedding(cfg.seq_len, cfg.n_embd)  # rotary alone: all masks look the same
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.n_embd)
         self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
@@ -229,9 +229,9 @@ def mask_tokens(x0, n, cfg, g, is_given=None):
 
 
 def corrupt(x0, cfg, g):
-    """Forward process (E1): xt and each token's weight in the loss, both (B, T): 1/n of n masks, as
-    Binomial(n; T, gamma) d gamma / gamma (E3) integrates to 1/n (E4). n uniform on 1..T estimates
-    NELBO / T; short runs draw P(n) = (2n - 1) / T^2: better there, worse in long ones (LOG.md)."""
+    """Forward process (E1) with n masks: xt and a mask's weight 1/(n B) in the loss, both (B, T).
+    Binomial(n; T, gamma) / gamma has the integral 1/n over gamma: (E3) is (E4). n uniform on 1..T
+    estimates NELBO / T; short runs draw P(n) = (2n - 1) / T^2: better there (LOG.md)."""
     B, T = x0.shape
     u = (torch.arange(B) / B + torch.rand(1, generator=g)) % 1  # low-discrepancy: one offset
     n = 1 + ((u.sqrt() if cfg.steps < 4000 else u) * T).floor().long().clamp(max=T - 1)  # 1..T
@@ -295,9 +295,9 @@ def filter_logits(logits, cfg):
 def categorical(logits, g):
     """One draw per row of logits (n, V) -> (n,), by inverting the cumulative distribution in
     float64: float32 noise would cut off the tail (Zheng et al. 2024, section 5)."""
-    p = (logits.cpu() if logits.device.type == "mps" else logits).double().softmax(1).cumsum(1)
-    u = torch.rand(len(p), 1, generator=g, dtype=torch.float64).to(p.device) * p[:, -1:]
-    return (p <= u).sum(1).clamp(max=p.shape[1] - 1).to(logits.device)
+    cdf = (logits.cpu() if logits.device.type == "mps" else logits).double().softmax(1).cumsum(1)
+    u = torch.rand(len(cdf), 1, generator=g, dtype=torch.float64).to(cdf.device) * cdf[:, -1:]
+    return (cdf <= u).sum(1).clamp(max=cdf.shape[1] - 1).to(logits.device)
 
 
 def draw_length(model, x, is_wanted, cfg, g):
@@ -317,7 +317,7 @@ def step_counts(num_masked, N, t, s, cfg, g):
     left = torch.minimum(num_masked, (N * s + 1e-6).floor().long())  # at s; 1e-6: float error
     sigma = min(1.0, s / (1 - t)) if t < 1 and cfg.remask != "none" else 0.0  # more: (E6) > 1
     num_remask = torch.minimum((sigma * (N - num_masked)).round().long(), left)  # (E6)
-    return num_masked - left + num_remask, num_remask  # (E5)
+    return num_masked - left + num_remask, num_remask  # (E5), (E6)
 
 
 @torch.no_grad()
@@ -382,7 +382,7 @@ def make_optimizers(model, cfg):
 
 
 def evaluate(model, data, cfg, split="val", n=128, nelbo=nelbo):
-    """The bound for the first n rows of a split, as a row of the log."""
+    """The bound for the rows of get_eval_rows, as an entry of the log."""
     x0, true_nll = get_eval_rows(getattr(data, split), cfg, n)
     nats = nelbo(model, x0.to(model.head.weight.device), cfg, torch.Generator().manual_seed(0))
     return likelihood(nats, x0, true_nll, data.tokenizer, cfg, "upper")
@@ -426,8 +426,8 @@ def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sampl
                 optimizer.zero_grad()
             step += 1
             beta = min(cfg.ema, (1 + step) / (10 + step))  # smaller at first: early weights fade
-            weights = [p.detach() for p in model.parameters()]
-            torch._foreach_lerp_([*ema.parameters()], weights, 1 - beta)
+            params = [p.detach() for p in model.parameters()]
+            torch._foreach_lerp_([*ema.parameters()], params, 1 - beta)
             run.log_step(step, x0.numel(), total, grad_norm=norm, lr=get_lr(step - 1, cfg))
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 run.save(step, *state)

@@ -22,12 +22,12 @@ Equations. prec_i >= 0: precision of position i, the SNR of z_i; e_v: the one-ho
     (E6)  -log p(x_0) <= NELBO = 1/2 sum_i int E |e_x - p_i|^2 d prec_i, for any tau; there is no
           other term: at prec = 0 nothing is known, at infinity everything
     (E7)  reverse step to s < t, a = prec_s - prec_t: z_s = z_t + a h + sqrt(a) xi; sampler token:
-          h = e_v, v ~ p; ancestral: h = p; deterministic: z_s = prec_s p + sqrt(prec_s / prec_t)
-          (z_t - prec_t p), and from prec_t = 0: prec_s p + sqrt(prec_s) xi
+          h = e_v, v ~ p; ancestral: h = p; deterministic (DDIM): z_s = prec_s p + sqrt(prec_s /
+          prec_t) (z_t - prec_t p), from prec_t = 0: prec_s p + sqrt(prec_s) xi; xi ~ N(0, I)
     (E8)  remasking, prec_s < prec_t: z_s = r z_t + sqrt(prec_t r (1 - r)) xi, r = prec_s / prec_t
 
 Shapes: B rows, T tokens, V vocabulary, K candidates, C width, H heads, D = C / H. Units: nats.
-Every position of a row is scored, also EOS padding. g seeds all noise.
+Every position of a row is scored, also EOS padding. g seeds all noise. Loss: -log p_i(x_0,i).
 
 Differs from the original: forward process, bound, self-likelihood, own times, remasking.
 """
@@ -55,11 +55,11 @@ class Config:
     vocab_size: int = 0  # tokens to predict; 0 = the tokenizer's own size (bpe: 2048)
     max_docs: int = 0  # use at most this many documents; 0 = all
     split: Literal["auto", "lines"] = "auto"  # lines: each line of a text file is a document
-    rows: Literal["auto", "docs", "stream"] = "auto"  # a document a row, or windows of running text
+    rows: Literal["auto", "docs", "stream"] = "auto"  # auto: docs (one a row) for tales, or stream
     out: str = "out/sdd"  # run folder
     resume: bool = False  # continue the run in the run folder
     log: Literal["", "tensorboard", "wandb", "tensorboard,wandb"] = ""  # besides log.jsonl
-    preset: Literal["tiny", "small", "medium"] = "tiny"  # 4x192, 8x512, 12x768
+    preset: Literal["tiny", "small", "medium"] = "tiny"  # layers x width 4x192, 8x512, 12x768
     seed: int = 1337  # of weights, batches and noise
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 is autocast
@@ -75,12 +75,12 @@ class Config:
     grad_accum: int = 1  # micro-batches per step
     lr: float = 1e-2  # peak learning rate
     warmup: int = 50  # steps of linear warm-up; then linearly to zero
-    ema: float = 0.99  # moving average of the weights, which is evaluated and saved; 0 = off
+    ema: float = 0.99  # decay of the averaged weights, which are evaluated and saved; 0 = off
     eval_every: int = 200  # steps between evaluations and checkpoints
     # method
     k: int = 8  # candidates of a position (E3)
-    noise_window: float = 0.1  # w, time in which a position goes from clean to unknown (E4), of 1
-    # sampling; the bound: --sampler token --order random --remask none --temperature 1
+    noise_window: float = 0.1  # w (E4), share of the time in which one position gets its noise
+    # sampling; as in the bound: --sampler token --order random --remask none --temperature 1
     # --no-length-first, many --num-steps
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
@@ -109,7 +109,7 @@ PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256,
 
 
 # ---- 2. data -----------------------------------------------------------------------------------
-# load_data(cfg) sets vocab_size, rows, eos, bos; a split is (ids, document offsets, log p or None)
+# load_data(cfg) sets vocab_size, rows, eos; a split is (ids, document offsets, log p or None)
 def get_rows(split, cfg, index):
     """Documents `index`, filled with EOS or cut, or windows from the tokens `index` on: (B, T)."""
     ids, offsets, _ = split
@@ -145,7 +145,7 @@ def rotate(x, positions):
     D = x.shape[-1]
     angle = positions[:, None] * 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    turned = pairs * torch.polar(torch.ones_like(angle), angle)  # (B, H, T, D / 2)
+    turned = pairs * torch.polar(torch.ones_like(angle), angle)  # (..., T, D / 2)
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
@@ -202,7 +202,7 @@ class Model(nn.Module):
     """Bidirectional transformer over states: candidates ids (B, T, K) and logp (B, T, K + 1), their
     log-probabilities and, last, that of all other tokens -> the context's logits net (B, T, V) of
     (E5), or (n, V) at the n positions `is_target`, boolean (B, T) or indices. The first candidate
-    of a clean position has logp 0; where nothing is known, all others together have it."""
+    of a clean position has logp 0; where nothing is known, the last entry (all others) has it."""
     CAP = 10.0  # largest logit of the network, either sign: context alone gives odds up to e^20
 
     def __init__(self, cfg):
@@ -222,8 +222,8 @@ class Model(nn.Module):
                 nn.init.normal_(p, std=0.02)
 
     def embed(self, ids, logp):
-        """A state as one vector, (B, T, C): e_0 of the first candidate if clean, 0 if unknown, else
-        sum_j p_j (e_j + f(log p_j)) over the candidates and the other mass, whose e is 0."""
+        """A state as one vector, (B, T, C): wte of the first candidate if clean, 0 if unknown, else
+        sum_j p_j (wte_j + f(log p_j)) over the candidates and the other mass, whose wte is 0."""
         at_clean = (logp[..., 0] == 0).nonzero(as_tuple=True)
         at_between = ((logp[..., 0] < 0) & (logp[..., -1] < 0)).nonzero(as_tuple=True)
         x = torch.zeros(*ids.shape[:2], self.wpe.embedding_dim, device=ids.device)
@@ -245,7 +245,7 @@ class Model(nn.Module):
 
 
 # ---- 4. corrupt and loss -----------------------------------------------------------------------
-CLEAN = 200.0  # precision of a clean position: z is largest elsewhere with probability 1e-18
+CLEAN = 200.0  # precision of a clean position: z is largest elsewhere with probability < 1e-18
 
 
 def between(prec):
@@ -304,14 +304,14 @@ def input_state(x, prec, z, k):
 
 
 def predict(model, x, prec, z, is_target):
-    """Logits (m, V) of (E5) where `is_target`, and their self-likelihood; inputs: input_state."""
+    """Logits (m, V) of (E5) at the m positions `is_target`, and z_i there; inputs: input_state."""
     net = model(*input_state(x, prec, z, model.k), is_target)
     is_between = between(prec)
     if len(z) == 0:
         return net, torch.zeros_like(net)
     index = is_between.flatten().cumsum(0).view(prec.shape) - 1  # of each position in z
-    own = torch.where(is_between[is_target][:, None], z[index[is_target].clamp(min=0)], 0.0)
-    return net + own, own  # (E5)
+    z_i = torch.where(is_between[is_target][:, None], z[index[is_target].clamp(min=0)], 0.0)
+    return net + z_i, z_i  # (E5)
 
 
 def squared_error(logits, x0):
@@ -340,7 +340,7 @@ def corrupt(x0, cfg, g, noise_levels=noise_levels):
 
 
 def loss_fn(model, x0, prec, eps, weight):
-    """Weighted cross-entropy of the noisy tokens. The NELBO ends lower than if it were the loss."""
+    """Weighted cross-entropy of the noisy tokens: it leads to a lower NELBO than NELBO as loss."""
     at_noisy, count = (weight > 0).nonzero(as_tuple=True), between(prec).sum(1)
     eps = eps[torch.arange(eps.shape[1], device=eps.device) < count[:, None]]  # (n, V)
     at_between = between(prec).nonzero(as_tuple=True)
@@ -362,13 +362,13 @@ def nelbo(model, x0, cfg, g, draws=8, is_given=None, predict=predict, noise_leve
     for k in range(draws):
         prec, slope = noise_levels(first + (last - first) * (k + u) / draws, tau, cfg)
         nats = torch.zeros(B, T).double()
-        for i in torch.arange(B).split(64):
-            x, prec_i, target = x0[i.to(device)], prec[i].to(device), (slope[i] > 0).to(device)
-            x_z, prec_z = x[between(prec_i)], prec_i[between(prec_i)]
+        for j in torch.arange(B).split(64):
+            x, prec_j, target = x0[j.to(device)], prec[j].to(device), (slope[j] > 0).to(device)
+            x_z, prec_z = x[between(prec_j)], prec_j[between(prec_j)]
             z = q_sample(x_z, prec_z, torch.randn(len(x_z), cfg.vocab_size, generator=g).to(device))
-            logits, _ = predict(model, x, prec_i, z, target)
+            logits, _ = predict(model, x, prec_j, z, target)
             cost = 0.5 * squared_error(logits, x[target])
-            nats[i] = nats[i].masked_scatter(slope[i] > 0, cost.cpu())
+            nats[j] = nats[j].masked_scatter(slope[j] > 0, cost.cpu())
         total += ((last - first) / draws * slope * nats).sum(1)  # (E6)
     return total
 
@@ -392,9 +392,9 @@ def filter_logits(logits, cfg):
 def categorical(logits, g):
     """One draw per row of logits (n, V) -> (n,), by inverting the cumulative distribution in
     float64: float32 noise would cut off the tail (Zheng et al. 2024, section 5)."""
-    p = (logits.cpu() if logits.device.type == "mps" else logits).double().softmax(1).cumsum(1)
-    u = torch.rand(len(p), 1, generator=g, dtype=torch.float64).to(p.device) * p[:, -1:]
-    return (p <= u).sum(1).clamp(max=p.shape[1] - 1).to(logits.device)
+    cdf = (logits.cpu() if logits.device.type == "mps" else logits).double().softmax(1).cumsum(1)
+    u = torch.rand(len(cdf), 1, generator=g, dtype=torch.float64).to(cdf.device) * cdf[:, -1:]
+    return (cdf <= u).sum(1).clamp(max=cdf.shape[1] - 1).to(logits.device)
 
 
 def draw_length(model, x, cfg, g, predict):
@@ -409,7 +409,7 @@ def draw_length(model, x, cfg, g, predict):
 
 
 def reassign_times(tau, is_waiting, score):
-    """tau (B, T), reassigned among the positions that wait: the highest score is denoised first."""
+    """tau (B, T), permuted where is_waiting: the highest score gets the largest, denoised first."""
     late = tau.masked_fill(~is_waiting, -torch.inf).sort(1, descending=True).values
     best = score.masked_fill(~is_waiting, -torch.inf).argsort(1, descending=True)
     return torch.where(is_waiting, tau.scatter(1, best, late), tau)
@@ -449,7 +449,7 @@ def sample(model, x, cfg, g, on_step=lambda *_: None, predict=predict, noise_lev
         is_target = prec < CLEAN if cfg.order == "maxprob" else prec_s > prec
         if not is_target.any():
             continue
-        logits, own = predict(model, x, prec, z[between(prec)], is_target)
+        logits, z_i = predict(model, x, prec, z[between(prec)], is_target)
         nfe += 1
         if length_first:
             logits[:, cfg.eos] = -torch.inf
@@ -465,9 +465,9 @@ def sample(model, x, cfg, g, on_step=lambda *_: None, predict=predict, noise_lev
             tau = reassign_times(tau, is_waiting, score)
             prec_s = noise_levels((k - 1) / steps, tau, cfg)[0]
             keep, is_target = (prec_s > prec)[is_target], prec_s > prec
-            logits, own = logits[keep], own[keep]
-        # 3. draw: temperature divides net only, own is evidence; top-k and top-p cut the sum
-        kept = filter_logits(logits + (cfg.temperature - 1) * own, cfg)
+            logits, z_i = logits[keep], z_i[keep]
+        # 3. draw: temperature divides net only, z_i is evidence; top-k and top-p cut the sum
+        kept = filter_logits(logits + (cfg.temperature - 1) * z_i, cfg)
         tokens = kept.argmax(1) if cfg.sampler == "deterministic" else categorical(kept, g)
         h = F.one_hot(tokens, V).to(z)
         if cfg.sampler != "token":  # where prec_s is clean z becomes a token
@@ -504,7 +504,7 @@ def make_optimizers(model, cfg):
 
 
 def evaluate(model, data, cfg, split="val", n=128, nelbo=nelbo):
-    """The bound for the first n rows of a split, as a row of the log."""
+    """The bound for the rows of get_eval_rows, as an entry of the log."""
     x0, true_nll = get_eval_rows(getattr(data, split), cfg, n)
     nats = nelbo(model, x0.to(model.head.weight.device), cfg, torch.Generator().manual_seed(0))
     return likelihood(nats, x0, true_nll, data.tokenizer, cfg, "upper")
@@ -548,8 +548,8 @@ def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sampl
                 optimizer.zero_grad()
             step += 1
             beta = min(cfg.ema, (1 + step) / (10 + step))  # smaller at first: early weights fade
-            weights = [p.detach() for p in model.parameters()]
-            torch._foreach_lerp_([*ema.parameters()], weights, 1 - beta)
+            params = [p.detach() for p in model.parameters()]
+            torch._foreach_lerp_([*ema.parameters()], params, 1 - beta)
             run.log_step(step, x0.numel(), total, grad_norm=norm, lr=get_lr(step - 1, cfg))
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 run.save(step, *state)

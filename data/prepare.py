@@ -962,7 +962,7 @@ def verify(folder):
         meta = parse(file)
         for n in (meta["splits"][split] for split in SPLITS):
             n["documents"] + n["tokens"] + DTYPES[meta["dtype"]].itemsize, n["sha256"]
-            n["unigram_entropy"] + 0.0
+            n["unigram_entropy"] + 0.0  # both lines raise if a value is missing or no number
         return meta
     meta = check("meta.json", facts)
     check("tokenizer.json", lambda file: fingerprint(parse(file)), meta.get("fingerprint", ""))

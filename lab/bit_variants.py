@@ -11,11 +11,11 @@ Equations; l_k is the log-odds of bit k to be +1, and (E1) to (E8) are in bit_di
     (V1)  bit head: l_k = net_k + lam b_k, loss -sum_k ln sigmoid(C_k l_k): binary cross-entropy
     (V2)  a mixture of R such products: Bayes' rule multiplies the weight of product r by
           prod_k cosh(l_rk / 2) / cosh(net_rk / 2)
-    (V3)  from bits to tokens, codes of no token ruled out: p(v) = softmax_v(1/2 C_v.l)
+    (V3)  from bits to tokens, codes of no token ruled out: p(v) = softmax_v(1/2 U_v.l)
     (V4)  a step of sampler bit: each bit by itself, f^ = m f(1) + (1 - m) f(-1), f of (E7),
           m = p(b_0 = b_t | b) = sigmoid(b_t l); sampler token: (E8), or bits of one product
     (V5)  N steps, bit: sum E KL(f || f^); token: E log q(b_s | b_t, x_0) - log sum_v p_v q(b_s |
-          b_t, C_v); where s is clean, the cross-entropy of the token
+          b_t, U_v); where s is clean, the cross-entropy of the token
     (V6)  guidance by given text c: out + w (out - out without c)
 """
 import dataclasses
@@ -395,15 +395,15 @@ def sample_and_count(model, x, cfg, g, on_step=lambda nfe, x: None):
             lam_s = noise_levels((k - 1) / steps, tau, cfg)[0]
             out, is_target = out[(lam_s > lam)[is_target]], lam_s > lam
         bits_t, is_last = bits[is_target], lam_s[is_target] >= CLEAN
-        x0_hat, odds = draw_x0(model, out, bits_t, lam[is_target], cfg, g)
-        ids = ids_of(x0_hat, codes)
+        U_v, odds = draw_x0(model, out, bits_t, lam[is_target], cfg, g)
+        ids = ids_of(U_v, codes)
         bad = is_last & (ids == V)
         num_invalid += bad.sum().item()
         if bad.any() and cfg.invalid == "project":
             ids[bad] = categorical(0.5 * odds[bad] @ codes.double().T, g)  # (V3)
         elif bad.any():
-            ids[bad] = bits_to_int(codes, V).argsort()[bits_to_int(x0_hat[bad], 2 * V) % V]
-        f = flip_probability(lam[is_target][:, None], lam_s[is_target][:, None], bits_t * x0_hat)
+            ids[bad] = bits_to_int(codes, V).argsort()[bits_to_int(U_v[bad], 2 * V) % V]
+        f = flip_probability(lam[is_target][:, None], lam_s[is_target][:, None], bits_t * U_v)
         u = torch.rand(f.shape, generator=g, dtype=torch.float64).to(device)
         bits_s = torch.where(u < f, -bits_t, bits_t)  # (E8) (V4)
         bits[is_target] = torch.where(is_last[:, None], codes[ids.clamp(max=V - 1)], bits_s)

@@ -9,11 +9,11 @@ DDPM's sampler and DDIM, rounding, guidance.
     python lab/dit_variants.py sample --prompt "Once upon a time" --guidance 1
 
 Equations, beside those of dit_embed.py, where E may have any norm now: (E3) then has the further
-term -snr / 2 |E_v|^2, the prior of (E5) |E[x_0]|^2.
-    (V1)  networks that predict eps or v = alpha eps - sigma E[x_0]:
+term -snr / 2 |E_v|^2, the prior of (E5) |E_x|^2.
+    (V1)  networks that predict eps or v = alpha eps - sigma E_x:
           x0_hat = (z - sigma eps_hat) / alpha = alpha z - sigma v_hat
-    (V2)  ancestral sampler: (E6) with x0_hat in place of E[x_0]; of N such steps t -> s
-          DIFFUSION is sum (snr_s - snr_t) / 2 E |E[x_0] - x0_hat(z_t)|^2
+    (V2)  ancestral sampler: (E6) with x0_hat in place of E_x; of N such steps t -> s
+          DIFFUSION is sum (snr_s - snr_t) / 2 E |E_x - x0_hat(z_t)|^2
     (V3)  of N steps of the token sampler (E7) it is sum E [u_x - log sum_v p_v exp(u_v)],
           u_v = B / sigma_q^2 r.E_v - B^2 / (2 sigma_q^2) |E_v|^2, r = z_s - A z_t
     (V4)  DDIM: z_s = alpha_s x0_hat + (sigma_s^2 - eta^2 sigma_q^2)^(1/2) eps_hat + eta sigma_q xi
@@ -246,7 +246,7 @@ def predict(model, z, lam, is_target, cfg, guess=None):
 
 
 def squared_error(model, out, emb, z, lam, cfg):
-    """|E[x_0] - x0_hat|^2 of (n, ...) -> (n,)."""
+    """|E_x - x0_hat|^2 of (n, ...) -> (n,)."""
     return (predict_x0_embedding(model, out, z, lam, cfg) - emb).square().sum(1)
 
 

@@ -311,11 +311,11 @@ def test_a_mistake_is_one_sentence_exit_code_2_and_no_folder(name, flags, senten
 @each
 @pytest.mark.parametrize("flags, sentence", [
     ("sample --prompt " + "x" * 40, "the given text has 40 tokens, a row has room for 31"),
-    ("sample --n-layer 2", "--n-layer is 2, the checkpoint has 1"),
-    ("eval --seq-len 16", "--seq-len is 16, the checkpoint has 32"),
+    ("sample --n-layer 2", "leave out --n-layer: the checkpoint has 1"),
+    ("eval --seq-len 16", "leave out --seq-len: the checkpoint has 32"),
     ("--resume --n-embd 64 --rows docs",
-     "--rows is docs, the checkpoint has stream; --n-embd is 64, the checkpoint has 32"),
-    ("--resume --preset small", "--preset is small, the checkpoint has tiny"),
+     "leave out --rows: the checkpoint has stream; leave out --n-embd: the checkpoint has 32"),
+    ("--resume --preset small", "leave out --preset: the checkpoint has tiny"),
     ("eval --tokenizer char --vocab-size 0", "the checkpoint has 257"),
     ("sample --num-samples 0", "--num-samples is 0, it must be at least 1"),
     ("sample --temperature nan", "--temperature is nan, it must be at least 0"),
@@ -335,10 +335,10 @@ def test_a_mistake_with_a_finished_run_leaves_it_alone(name, flags, sentence, st
 @pytest.mark.parametrize("name, flags, sentence", [
     *((name, f"--noise-window {w}", "--noise-window must be in (0, 1]")
       for name in ("dit_embed", "bit_diffusion", "sdd") for w in (0, 1.5)),
-    ("dit_embed", "sample --emb-dim 8", "--emb-dim is 8, the checkpoint has 16"),
-    ("dit_embed", "--resume --logsnr-above 2", "--logsnr-above is 2.0, the checkpoint has 3.0"),
+    ("dit_embed", "sample --emb-dim 8", "leave out --emb-dim: the checkpoint has 16"),
+    ("dit_embed", "--resume --logsnr-above 2", "leave out --logsnr-above: the checkpoint has 3.0"),
     ("sdd", "sample --order random", "--remask conf needs --order maxprob: add --remask none"),
-    ("diffugpt_varlen", "--resume --pipeline arm", "is arm, the checkpoint has diffusion"),
+    ("diffugpt_varlen", "--resume --pipeline arm", "--pipeline: the checkpoint has diffusion"),
     ("sdd", "--k 0", "--k is 0, it must be at least 1")])
 def test_settings_of_one_method_that_cannot_work_are_refused(name, flags, sentence, straight, cli):
     before = contents(straight / name)
@@ -823,7 +823,7 @@ def test_two_processes_give_the_losses_of_one(name, home, fork, straight, tmp_pa
 
 def test_fewer_rows_than_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "5")
-    with pytest.raises(common.UserError, match="--batch-size 4 is less than 5 processes"):
+    with pytest.raises(common.UserError, match="--batch-size must be at least 5"):
         common.Run(ar.Config(batch_size=4))
 
 

@@ -278,7 +278,7 @@ def test_a_gpt2_is_adapted_and_its_run_needs_it_no_more(home, capsys):
             pretrained.main([*words.split(), "--out", str(out)])
         shown = capsys.readouterr().out
         assert "nfe " in shown and "test: " in shown and "step     8" in shown
-    with pytest.raises(UserError, match="--n-layer is 3, the checkpoint has 2"):
+    with pytest.raises(UserError, match="leave out --n-layer: the checkpoint has 2"):
         pretrained.main(["sample", "--n-layer", "3", "--out", str(home / "arm")])
     pretrained.main(["export", str(home / "diffusion"), str(home / "export")])
     ours, exported = (load_file(home / name / "model.safetensors") for name in (
