@@ -12,8 +12,8 @@ Equations
     (E3)  loss = - sum_i log p(x_i | x_<i) / number of scored tokens
     (E4)  sampling: x_i ~ p(. | x_<i) from left to right; keys and values of the past are cached
 
-Shapes: B rows, T tokens, V vocabulary, C width, H heads, D = C / H; g draws. Units: nats. A row is
-scored up to and including its first EOS, which ends the document; later EOS are not.
+Shapes: B rows, T tokens, V vocabulary, C width, H heads, D = C / H. Units: nats. g draws noise. A
+row is scored up to and including its first EOS, which ends the document; later EOS are not.
 
 Differs from GPT-2: RMSNorm, rotary positions, normalised queries and keys, a causal convolution in
 front of each block, no biases, Muon for the matrices of the blocks; output projections and the head
@@ -43,7 +43,7 @@ class Config:
     vocab_size: int = 0  # tokens to predict; 0 = the tokenizer's own size (bpe: 2048)
     max_docs: int = 0  # use at most this many documents; 0 = all
     split: Literal["auto", "lines"] = "auto"  # lines: each line of a text file is a document
-    rows: Literal["auto", "docs", "stream"] = "auto"  # auto: docs (one a row) for tales, or stream
+    rows: Literal["auto", "docs", "stream"] = "auto"  # auto: docs (one a row) if tales, else stream
     out: str = "out/ar"  # run folder
     resume: bool = False  # continue the run in the run folder
     log: Literal["", "tensorboard", "wandb", "tensorboard,wandb"] = ""  # besides log.jsonl

@@ -55,7 +55,7 @@ class Config:
     vocab_size: int = 0  # tokens to predict; 0 = the tokenizer's own size (bpe: 2048)
     max_docs: int = 0  # use at most this many documents; 0 = all
     split: Literal["auto", "lines"] = "auto"  # lines: each line of a text file is a document
-    rows: Literal["auto", "docs", "stream"] = "auto"  # auto: docs (one a row) for tales, or stream
+    rows: Literal["auto", "docs", "stream"] = "auto"  # auto: docs (one a row) if tales, else stream
     out: str = "out/bit_diffusion"  # run folder
     resume: bool = False  # continue the run in the run folder
     log: Literal["", "tensorboard", "wandb", "tensorboard,wandb"] = ""  # besides log.jsonl
@@ -399,8 +399,8 @@ def reassign_times(tau, is_waiting, score):
 
 
 def flip_probability(lam_t, lam_s, y):
-    """The flip probability of bits from lam_t up to lam_s, (n, 1) each, if right at t, y = 1, or
-    wrong, -1: (n, K) both, float64. Without differences near one (t = lam_t, s = lam_s below):
+    """The probability (n, K), float64, that bits flip from lam_t up to lam_s, (n, 1) each. y (n, K)
+    is 1 where a bit is right at t, else -1. No differences near one; below, t = lam_t, s = lam_s:
     1 + a y = 2 sigmoid(y lam), 1 - r = sinh((s - t) / 2) / (sinh(s / 2) cosh(t / 2))."""
     t, s = wide(lam_t), wide(lam_s)
     jump = ((s - t) / 2).sinh() / ((s / 2).sinh() * (t / 2).cosh())  # 1 - r

@@ -52,7 +52,7 @@ class Config:
     vocab_size: int = 0  # tokens to predict; 0 = the tokenizer's own size (bpe: 2048)
     max_docs: int = 0  # use at most this many documents; 0 = all
     split: Literal["auto", "lines"] = "auto"  # lines: each line of a text file is a document
-    rows: Literal["auto", "docs", "stream"] = "auto"  # auto: docs (one a row) for tales, or stream
+    rows: Literal["auto", "docs", "stream"] = "auto"  # auto: docs (one a row) if tales, else stream
     out: str = "out/diffugpt_varlen"  # run folder
     resume: bool = False  # continue the run in the run folder
     log: Literal["", "tensorboard", "wandb", "tensorboard,wandb"] = ""  # besides log.jsonl
@@ -437,8 +437,8 @@ def sample_ar(model, x, cfg, g, on_step=lambda nfe, x: None):
 def sample(model, x, cfg, g, on_step=lambda nfe, x: None, length_dist=length_dist):
     """The reverse process: positions of x (B, T) with the id V become tokens, all else is given (V
     is the mask here, as in mdlm.py; PAD is internal). Returns x, EOS-filled, and NFE; on_step(nfe,
-    x) sees x before it is cut. The length modes of an exact model have one distribution (E5), at
-    temperature 1, a token a step: fixed computes the row; truncate stops behind the first EOS, PAD;
+    x) sees x before it is cut. The length modes of an exact model have one distribution (E5) at
+    temperature 1, a token a step: fixed computes all; truncate stops behind the first EOS or PAD;
     quantile begins with a canvas that holds L with probability length_quantile, blockwise with one
     block, and both grow; presampled draws L first, at temperature 1, and writes the EOS there. With
     order maxprob and temperature 0.5 the others write shorter texts than real ones (LOG.md)."""

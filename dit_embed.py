@@ -52,7 +52,7 @@ class Config:
     vocab_size: int = 0  # tokens to predict; 0 = the tokenizer's own size (bpe: 2048)
     max_docs: int = 0  # use at most this many documents; 0 = all
     split: Literal["auto", "lines"] = "auto"  # lines: each line of a text file is a document
-    rows: Literal["auto", "docs", "stream"] = "auto"  # auto: docs (one a row) for tales, or stream
+    rows: Literal["auto", "docs", "stream"] = "auto"  # auto: docs (one a row) if tales, else stream
     out: str = "out/dit_embed"  # run folder
     resume: bool = False  # continue the run in the run folder
     log: Literal["", "tensorboard", "wandb", "tensorboard,wandb"] = ""  # besides log.jsonl

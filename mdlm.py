@@ -24,8 +24,8 @@ scored, also the EOS that fill a row (val: nats / tokens up to the first EOS). g
 
 Differs from the paper: training draws the number of masks n and not t; runs of less than 4000 steps
 draw n with P(n) nearly proportional to n; their loss is no bound (nelbo is). Sampling draws the
-length first, then unmasks fixed numbers of tokens, the most confident first. Differs from ar.py
-(where GPT-2 is compared): attention and convolutions look both ways; also learned positions.
+length first, then unmasks fixed numbers of tokens, the most confident first. Differs from ar.py:
+attention and convolutions look both ways, and positions are also learned.
 """
 import copy
 import math
@@ -51,7 +51,7 @@ class Config:
     vocab_size: int = 0  # tokens to predict; 0 = the tokenizer's own size (bpe: 2048)
     max_docs: int = 0  # use at most this many documents; 0 = all
     split: Literal["auto", "lines"] = "auto"  # lines: each line of a text file is a document
-    rows: Literal["auto", "docs", "stream"] = "auto"  # auto: docs (one a row) for tales, or stream
+    rows: Literal["auto", "docs", "stream"] = "auto"  # auto: docs (one a row) if tales, else stream
     out: str = "out/mdlm"  # run folder
     resume: bool = False  # continue the run in the run folder
     log: Literal["", "tensorboard", "wandb", "tensorboard,wandb"] = ""  # besides log.jsonl

@@ -3,7 +3,7 @@
 Method: the state [(0.6, cat), (0.3, dog), (0.1, pet)] of A. Holmes' "Sparse Distribution Diffusion"
 (github.com/aaholmes/diffusion-llm), here with a forward process that has a likelihood: the
 candidates are the top k of an exact posterior. lab/sdd_variants.py has the original, notebook 05
-says why it cannot generate: only in training is the answer among the candidates.
+says why it writes a single text: only in training is the answer among the candidates.
 
     python sdd.py               9 minutes, 2 CPU cores: val <= 1.55 nats/token (entropy 0.91)
     python sdd.py sample --prompt "Once upon a time" --num-samples 3 --trace
@@ -55,7 +55,7 @@ class Config:
     vocab_size: int = 0  # tokens to predict; 0 = the tokenizer's own size (bpe: 2048)
     max_docs: int = 0  # use at most this many documents; 0 = all
     split: Literal["auto", "lines"] = "auto"  # lines: each line of a text file is a document
-    rows: Literal["auto", "docs", "stream"] = "auto"  # auto: docs (one a row) for tales, or stream
+    rows: Literal["auto", "docs", "stream"] = "auto"  # auto: docs (one a row) if tales, else stream
     out: str = "out/sdd"  # run folder
     resume: bool = False  # continue the run in the run folder
     log: Literal["", "tensorboard", "wandb", "tensorboard,wandb"] = ""  # besides log.jsonl

@@ -1,4 +1,4 @@
-"""Why the original process of lab/sdd_variants.py cannot generate: trains it and ours at one budget
+"""Why the original process of lab/sdd_variants.py writes one text: trains it and ours at one budget
 (300 steps of 16 rows), measures what the original reports (accuracy), a copy baseline, where the
 truth is among the candidates, and samples. It answers the three questions that the original leaves
 open: do temperature or more steps repair its samples, does size, does another noise?
