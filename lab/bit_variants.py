@@ -212,8 +212,8 @@ def bit_logits(model, out):
         return bit_diffusion.bit_logits(model, out)  # (E5)
     if model.cfg.num_mixture == 1:
         return out.double()
-    odds, weight = products(out.double())
-    yes, no = (F.logsigmoid(y * odds).add(weight[..., None]).logsumexp(1) for y in (1, -1))
+    l_k, weight = products(out.double())
+    yes, no = (F.logsigmoid(y * l_k).add(weight[..., None]).logsumexp(1) for y in (1, -1))
     return yes - no
 
 
@@ -224,16 +224,16 @@ def cross_entropy(model, out, x0):
     if model.cfg.num_mixture == 1:  # predict the clean bits
         is_one = (model.codes[x0] > 0).to(out.dtype)
         return F.binary_cross_entropy_with_logits(out, is_one, reduction="none").sum(1)  # (V1)
-    odds, weight = products(out)
-    return -(weight + F.logsigmoid(odds * model.codes[x0][:, None]).sum(2)).logsumexp(1)  # (V2)
+    l_k, weight = products(out)
+    return -(weight + F.logsigmoid(l_k * model.codes[x0][:, None]).sum(2)).logsumexp(1)  # (V2)
 
 
 def confidence(model, out):
     """Probability of the most likely token, or code of the most likely product: (n,)."""
     if model.cfg.head == "token":
         return out.softmax(1).amax(1)
-    odds, weight = products(out)
-    return (weight + F.logsigmoid(odds.abs()).sum(2)).amax(1).exp()
+    l_k, weight = products(out)
+    return (weight + F.logsigmoid(l_k.abs()).sum(2)).amax(1).exp()
 
 
 # ---- corrupt, loss, bounds -----------------------------------------------------------------------
@@ -284,8 +284,8 @@ def nelbo(model, x0, cfg, g, draws=8, is_given=None):
         bits, nats = q_sample(clean, lam.to(x0.device), g), torch.zeros(x0.shape).double()
         for i in torch.arange(len(x0)).split(64):
             lam_i, target = lam[i].to(x0.device), (slope[i] > 0).to(x0.device)
-            odds = bit_logits(model, model(bits[i], lam_i, target))
-            cost = nelbo_integrand(odds, bits[i][target], clean[i][target], lam_i[target])
+            l_k = bit_logits(model, model(bits[i], lam_i, target))
+            cost = nelbo_integrand(l_k, bits[i][target], clean[i][target], lam_i[target])
             nats[i] = nats[i].masked_scatter(slope[i] > 0, cost.cpu())
         total += ((last - first) / draws * slope * nats).sum(1)  # (E6)
     return total
@@ -308,10 +308,10 @@ def nelbo_steps(model, x0, cfg, g, steps):
         right, wrong = (flip_probability(lam[target], lam_s[target], y)[:, None] for y in (1, -1))
         f = torch.where(b_t == b_0, right, wrong)
         if cfg.sampler == "bit" or cfg.head == "bit" and cfg.num_mixture == 1:
-            odds = bit_logits(model, out)
-            f_hat = right * (b_t * odds).sigmoid() + wrong * (-b_t * odds).sigmoid()  # (V4)
+            l_k = bit_logits(model, out)
+            f_hat = right * (b_t * l_k).sigmoid() + wrong * (-b_t * l_k).sigmoid()  # (V4)
             nats = (f * (f / f_hat).log() + (1 - f) * ((1 - f) / (1 - f_hat)).log()).sum(1)  # (V5)
-            end = F.cross_entropy(0.5 * odds[is_last] @ model.codes.double().T, x0_last,
+            end = F.cross_entropy(0.5 * l_k[is_last] @ model.codes.double().T, x0_last,
                                   reduction="none")  # (V3)
         else:
             flips = torch.rand(f.shape, generator=g, dtype=torch.float64).to(f.device) < f
@@ -321,9 +321,9 @@ def nelbo_steps(model, x0, cfg, g, steps):
             if cfg.head == "token":
                 log_q = out.double().log_softmax(1) + plus @ is_one.T + minus @ (1 - is_one).T
             else:
-                odds, weight = products(out.double())
-                log_q = weight + torch.logaddexp(F.logsigmoid(odds) + plus[:, None],
-                                                 F.logsigmoid(-odds) + minus[:, None]).sum(2)
+                l_k, weight = products(out.double())
+                log_q = weight + torch.logaddexp(F.logsigmoid(l_k) + plus[:, None],
+                                                 F.logsigmoid(-l_k) + minus[:, None]).sum(2)
             nats = torch.where(b_0 > 0, plus, minus).sum(1) - log_q.logsumexp(1)  # (V5)
             end = cross_entropy(model, out[is_last].double(), x0_last)
         nats[is_last] = end
@@ -349,16 +349,16 @@ def draw_x0(model, out, bits, lam, cfg, g):
         if cfg.sampler == "token":
             return bit_diffusion.draw_x0(model, out, bits, lam, cfg, g), None  # (E8)
         logits = filter_logits(bayes_update(model, out, bits, (cfg.temperature - 1) * lam), cfg)
-        odds = bit_logits(model, logits).clamp(-CLEAN, CLEAN)
+        l_k = bit_logits(model, logits).clamp(-CLEAN, CLEAN)
     else:
         out = bayes_update(model, out, bits, -lam) / max(cfg.temperature, 1e-6)
         out = bayes_update(model, out, bits, lam)
-        odds = bit_logits(model, out)
+        l_k = bit_logits(model, out)
         if cfg.sampler == "token":
-            odds, weight = products(out.double())
-            odds = odds[torch.arange(len(odds)), categorical(weight, g)]
-    u = torch.rand(odds.shape, generator=g, dtype=torch.float64).to(odds.device)
-    return torch.where(u < odds.sigmoid(), 1.0, -1.0), odds  # (V4)
+            l_k, weight = products(out.double())
+            l_k = l_k[torch.arange(len(l_k)), categorical(weight, g)]
+    u = torch.rand(l_k.shape, generator=g, dtype=torch.float64).to(l_k.device)
+    return torch.where(u < l_k.sigmoid(), 1.0, -1.0), l_k  # (V4)
 
 
 @torch.no_grad()
@@ -395,12 +395,12 @@ def sample_and_count(model, x, cfg, g, on_step=lambda nfe, x: None):
             lam_s = noise_levels((k - 1) / steps, tau, cfg)[0]
             out, is_target = out[(lam_s > lam)[is_target]], lam_s > lam
         bits_t, is_last = bits[is_target], lam_s[is_target] >= CLEAN
-        U_v, odds = draw_x0(model, out, bits_t, lam[is_target], cfg, g)
+        U_v, l_k = draw_x0(model, out, bits_t, lam[is_target], cfg, g)
         ids = ids_of(U_v, codes)
         bad = is_last & (ids == V)
         num_invalid += bad.sum().item()
         if bad.any() and cfg.invalid == "project":
-            ids[bad] = categorical(0.5 * odds[bad] @ codes.double().T, g)  # (V3)
+            ids[bad] = categorical(0.5 * l_k[bad] @ codes.double().T, g)  # (V3)
         elif bad.any():
             ids[bad] = bits_to_int(codes, V).argsort()[bits_to_int(U_v[bad], 2 * V) % V]
         f = flip_probability(lam[is_target][:, None], lam_s[is_target][:, None], bits_t * U_v)
