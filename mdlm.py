@@ -314,7 +314,7 @@ def step_counts(num_masked, N, t, s, cfg, g):
     """How many tokens the step t -> s unmasks and remasks, two (B,). num_masked of N are masked.
     They are the means of (E5) and (E6) for gamma_t = t, rounded, with the largest sigma (ReMDM's
     eta = 1). lab/decoding.py has other schedules and eta, and draws numbers with g."""
-    left = torch.minimum(num_masked, (N * s + 1e-6).floor().long())  # at s; 1e-6: float error
+    left = torch.minimum(num_masked, (N.double() * s + 1e-6).floor().long())  # 1e-6: float error
     sigma = min(1.0, s / (1 - t)) if t < 1 and cfg.remask != "none" else 0.0  # more: (E6) > 1
     num_remask = torch.minimum((sigma * (N - num_masked)).round().long(), left)  # (E6)
     return num_masked - left + num_remask, num_remask  # (E5), (E6)

@@ -122,7 +122,7 @@ def step_counts(num_masked, N, t, s, cfg, g):
         rho = min(1.0, (gamma_t - gamma_s + sigma * (1 - gamma_t)) / gamma_t)
         return tuple(torch.binomial(count.double(), torch.full(N.shape, p).double(), g).long()
                      for count, p in ((num_masked, rho), (N - num_masked, sigma)))
-    left = torch.minimum(num_masked, (N * gamma_s + 1e-6).floor().long())
+    left = torch.minimum(num_masked, (N.double() * gamma_s + 1e-6).floor().long())
     num_remask = torch.minimum((sigma * (N - num_masked)).round().long(), left)
     return num_masked - left + num_remask, num_remask
 

@@ -189,7 +189,7 @@ def test_floor_n_gamma_masks_are_left_after_each_step(name, how):
     """(E5) and sigma of the unmasked tokens are remasked (E6), in mdlm.py as many as can be."""
     rates = {"linear": lambda t: t, "cosine": lambda t: 1 - math.cos(math.pi / 2 * t),
              "log-linear": lambda t: 1 - (1 - t) ** 2, "power2": lambda t: t * t}[name]
-    sizes = ((64, 7), (41, 41), (5, 40), (11, 4), (0, 2))
+    sizes = ((64, 7), (41, 41), (111, 111), (5, 40), (11, 4), (0, 2))
     for (N, steps), eta in itertools.product(sizes, (0.37, 1)):
         gamma = [rates(k / steps) for k in range(steps, -1, -1)]
         left = [math.floor(N * rate + 1e-6) for rate in gamma]
