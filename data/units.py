@@ -3,6 +3,8 @@ import itertools
 import math
 from collections import Counter
 
+import torch
+
 
 def tokens_of(x, cfg):
     """Rows (B, T) -> lists of ids; a document ends before its first EOS."""
@@ -25,12 +27,15 @@ def se(values):
 def likelihood(nats, x0, true_nll, tokenizer, cfg, bound):
     """nats (B,) of the rows x0 (B, T) -> a row of the log: nats per token and per document, bits
     per byte, and the gap to `true_nll` (B,) where that is known, paired row by row. `bound` says
-    what the nats are: "exact", or "upper" for an upper bound. se: standard errors."""
+    what the nats are: "exact", or "upper" for an upper bound. se: standard errors; nats per token
+    are a ratio of two sums, so theirs is that of nats - ratio x tokens."""
     tokens = tokens_of(x0, cfg)
-    count = sum(min(len(ids) + (cfg.rows == "docs"), x0.shape[1]) for ids in tokens)  # EOS, too
+    sizes = torch.tensor([min(len(ids) + (cfg.rows == "docs"), x0.shape[1]) for ids in tokens])
+    count, nats = sizes.sum().item(), nats.cpu().double()  # sizes: with EOS
     size = sum(len(tokenizer.decode_bytes(ids)) for ids in tokens)
-    row = dict(bound=bound, rows=len(x0), nats_per_token=nats.sum().item() / count,
-               nats_per_token_se=se(nats) * len(x0) / count,
+    ratio = nats.sum().item() / count
+    row = dict(bound=bound, rows=len(x0), nats_per_token=ratio,
+               nats_per_token_se=se(nats - ratio * sizes) * len(x0) / count,
                bits_per_byte=nats.sum().item() / math.log(2) / max(1, size))
     if cfg.rows == "docs":
         row |= dict(nats_per_doc=nats.mean().item(), se=se(nats))

@@ -47,7 +47,7 @@ def generative_nll(x, cfg, judge):
     rows, ended = tokens_of(x, cfg), x.clone()
     for row, tokens in zip(ended, rows):
         row[len(tokens):] = cfg.eos  # what follows the first EOS is not part of the text
-    count = sum(map(len, rows)) + (len(rows) if cfg.rows == "docs" else 0)
+    count = sum(min(len(ids) + (cfg.rows == "docs"), x.shape[1]) for ids in rows)  # EOS, too
     return ar.nll(model, ended.to(model.head.weight.device), theirs).sum().item() / max(1, count)
 
 

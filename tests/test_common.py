@@ -511,8 +511,9 @@ def test_a_likelihood_in_all_units_by_hand():
     row = units.likelihood(torch.tensor([6.0, 3.0]), torch.tensor([[1, 2, 3, 0], [4, 0, 0, 0]]),
                            torch.tensor([5.0, 1.0]), tokenizer, cfg, "upper")
     assert row["nats_per_token"] == 9 / 6 and row["nats_per_doc"] == 4.5 and row["gap"] == 1.5
-    assert row["bits_per_byte"] == pytest.approx(9 / math.log(2) / 8) and row["se"] == 1.5
-    assert row["entropy_per_doc"] == 3 and row["gap_se"] == 0.5
+    assert row["bits_per_byte"] == pytest.approx(9 / math.log(2) / 8)
+    assert row["se"] == pytest.approx(1.5) and row["gap_se"] == pytest.approx(0.5)
+    assert row["entropy_per_doc"] == 3
     assert units.report(row) == (
         "<= 1.500 nats/token (perplexity 4.48, 1.623 bits/byte), <= 4.5 +- 1.5 nats/document = "
         "entropy 3.0 + gap 1.5 +- 0.5")
@@ -520,6 +521,23 @@ def test_a_likelihood_in_all_units_by_hand():
     row = units.likelihood(torch.tensor([6.0, 3.0]), torch.ones(2, 4).long(), None, tokenizer, cfg,
                            "exact")
     assert row["nats_per_token"] == 9 / 8 and not {"gap", "nats_per_doc"} & row.keys()
+
+
+def test_the_error_of_nats_per_token_is_that_of_a_ratio():
+    """0 if every token costs the same, however long the rows; else as over many draws of rows."""
+    g, cfg = torch.Generator().manual_seed(0), SimpleNamespace(rows="docs", eos=0)
+    tokenizer = SimpleNamespace(decode_bytes=bytes)
+    length = torch.randint(2, 40, (4000,), generator=g)
+    x0 = (torch.arange(40) < length[:, None]).long()  # tokens 1, then EOS
+    size = (length + 1).clamp(max=40)
+    row = units.likelihood(0.7 * size, x0, None, tokenizer, cfg, "exact")
+    assert row["nats_per_token"] == pytest.approx(0.7) and row["nats_per_token_se"] < 1e-6
+    nats = 0.7 * size + torch.randn(4000, generator=g)
+    some = [units.likelihood(nats[i], x0[i], None, tokenizer, cfg, "exact")
+            for i in torch.arange(4000).split(40)]  # 100 times 40 rows
+    spread = torch.tensor([row["nats_per_token"] for row in some]).std().item()
+    mean = sum(row["nats_per_token_se"] for row in some) / len(some)
+    assert mean == pytest.approx(spread, rel=0.25)
     assert units.se(torch.tensor([1.0, 3.0])) == 1 and units.se(torch.ones(1)) == 0
 
 
