@@ -111,7 +111,7 @@ def sample(script, model, cfg, n, g, canvas=None, frames=None):
 def ancestral(script, cfg):
     """cfg with the sampler that the likelihood is about: temperature 1, one token a step."""
     own = dict(order="random", num_steps=0, temperature=1.0, remask="none", sampler="token",
-               length_first=False)
+               length_first=False, length_mode="fixed")
     return dataclasses.replace(cfg, **{k: v for k, v in own.items() if hasattr(cfg, k)}) \
         if script.__name__ != "ar" else cfg
 

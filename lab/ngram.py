@@ -2,11 +2,17 @@
 
     python lab/ngram.py                             orders 1 to 4 of tales
     python lab/ngram.py --documents 4000 --orders 3
-    python lab/ngram.py --data my/texts --vocab-size 1024
+    python lab/ngram.py --data my/texts --vocab-size 1024 --split val --rows 128
+
+With --split val, the likelihood is that of the validation rows that the scripts use while they
+train, and the weights of the orders are fitted to the test rows.
 """
+import dataclasses
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,6 +32,8 @@ class NGram:
 
     def __init__(self, order, rows, others, cfg):
         self.order, self.V, self.eos, self.cfg = order, cfg.vocab_size, cfg.eos, cfg
+        if (self.V + 1) ** order >= 2 ** 63:  # pack() makes one number of an n-gram
+            raise common.UserError(f"order {order} is too high for {self.V} tokens")
         self.grams, self.weights = [], np.full(order + 1, 1 / (order + 1))
         context, token, _ = self.split(rows)
         for j in range(1, order + 1):
@@ -90,27 +98,39 @@ class Options:
     data: str = "tales"  # as --data of the scripts, so for the next two
     tokenizer: str = "bpe"
     vocab_size: int = 0
+    split: Literal["test", "val"] = "test"  # what is evaluated; the other one fits the weights
+    rows: int = 512  # how many documents or windows of it
     seed: int = 1337  # of the sample
+    out: str = ""  # a .json to write the likelihoods to
 
 
 def main(argv):
     opt = tyro.cli(Options, args=argv, description=__doc__)
-    if min(*opt.orders, opt.documents) < 1:
-        raise common.UserError("--orders and --documents must be at least 1")
+    if min(*opt.orders, opt.documents, opt.rows) < 1:
+        raise common.UserError("--orders, --documents and --rows must be at least 1")
     cfg = ar.Config(data=opt.data, tokenizer=opt.tokenizer, vocab_size=opt.vocab_size)
     data = load_data(cfg)
     ids, offsets, _ = data.train
     index = np.arange(len(offsets) - 1) if cfg.rows == "docs" else np.arange(
         0, len(ids) - cfg.seq_len + 1, cfg.seq_len)
     rows = ar.get_rows(data.train, cfg, index[:opt.documents])
-    others, (x0, true_nll) = (ar.get_eval_rows(split, cfg, 512) for split in (data.val, data.test))
+    other = data.val if opt.split == "test" else data.test
+    others = ar.get_eval_rows(other, cfg, 512)[0]
+    x0, true_nll = ar.get_eval_rows(getattr(data, opt.split), cfg, opt.rows)
+    made = dict(command="python lab/ngram.py " + " ".join(argv), config=dataclasses.asdict(opt),
+                torch=torch.__version__, machine=common.machine(torch.device("cpu")),
+                threads=torch.get_num_threads(), orders={})
     for order in opt.orders:
-        model = NGram(order, rows, others[0], cfg)
+        model = NGram(order, rows, others, cfg)
         nats = torch.from_numpy(model.nll(x0))
         row = likelihood(nats, x0, true_nll, data.tokenizer, cfg, "exact")
+        made["orders"][order] = row
         x = model.sample(1, cfg.seq_len, torch.Generator().manual_seed(opt.seed))
         text = data.tokenizer.decode(tokens_of(x, cfg)[0])
         print(f"order {order}: {report(row)}\n{' '.join(text.split())}\n")
+    if opt.out:
+        common.replace(Path(opt.out), lambda file: file.write(
+            (json.dumps(made, indent=1) + "\n").encode()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """lab/ngram.py: counts, weights, likelihoods and samples of n-gram models."""
 import collections
 import itertools
+import json
 import math
 from types import SimpleNamespace
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from harness import small_text
+from lab import ngram
 from lab.ngram import NGram
 
 
@@ -57,6 +60,28 @@ def test_the_weights_of_an_ngram_are_those_of_most_likelihood():
     for _ in range(30):
         model.weights = rng.dirichlet(np.ones(4))
         assert model.nll(others).sum() > best - 0.05
+
+
+def test_the_rows_of_a_script_are_evaluated_and_written(tmp_path, monkeypatch, capsys):
+    """With --split val: those that a script validates on; the others fit the weights."""
+    monkeypatch.setenv("TEXT_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    small_text(tmp_path / "text.txt", n=4000)
+    out, found = tmp_path / "counts.json", {}
+    for split in ("val", "test"):
+        ngram.main(["--data", str(tmp_path / "text.txt"), "--tokenizer", "byte", "--orders", "2",
+                    "--split", split, "--rows", "4", "--out", str(out)])
+        made = json.loads(out.read_text())
+        found[split] = made["orders"]["2"]["nats_per_token"]
+        assert f"= {found[split]:.3f} nats/token" in capsys.readouterr().out
+        assert made["orders"]["2"]["rows"] == 4 and made["config"]["split"] == split
+    cfg = ngram.ar.Config(data=str(tmp_path / "text.txt"), tokenizer="byte")
+    data = ngram.load_data(cfg)
+    ids, offsets, _ = data.train
+    rows = ngram.ar.get_rows(data.train, cfg, np.arange(0, len(ids) - cfg.seq_len + 1, cfg.seq_len))
+    x0, others = (ngram.ar.get_eval_rows(split, cfg, n)[0]
+                  for split, n in ((data.val, 4), (data.test, 512)))
+    nats = NGram(2, rows, others, cfg).nll(x0).sum() / x0.numel()
+    assert found["val"] == pytest.approx(nats) and found["val"] != found["test"]
 
 
 def test_samples_of_an_ngram_obey_it():
