@@ -29,7 +29,7 @@ Equations. Row U_v of U (V, K) is token v's code of K = ceil(log2 V) bits, each 
 Shapes: B rows, T tokens, V vocabulary, K bits, C width, H heads, D = C / H. Units: nats.
 Every position of a row is scored, also EOS padding. g seeds all noise. Loss: -log p_i(x_0,i).
 
-Differs from D3PM: own times (E2); (E8) draws v: the mean of U_v in (E7) would count b_t twice.
+Differs from D3PM: own times (E2); (E8) draws a token: a mean code in (E7) would use b_t twice.
 """
 import copy
 import math
@@ -193,7 +193,7 @@ class Block(nn.Module):
 
 
 def token_codes(V):
-    """Codes C (V, K) of +-1, K = ceil(log2 V): the binary digits of each id, highest first."""
+    """Codes U (V, K) of +-1, K = ceil(log2 V): the binary digits of each id, highest first."""
     K = max(1, (V - 1).bit_length())
     return 2.0 * (torch.arange(V)[:, None] >> torch.arange(K - 1, -1, -1) & 1) - 1
 
@@ -304,8 +304,8 @@ def bit_logits(model, logits):
 
 
 def nelbo_integrand(l_k, bits, clean, lam):
-    """Nats per unit of lam, (n,), float64: the network's log-odds of each bit, the noisy bits and
-    the clean ones, (n, K) each, and their lam (n,)."""
+    """The cost in nats per unit of lam, (n,) in float64, of the network's log-odds l_k of each bit,
+    given the noisy bits and the clean ones, (n, K) each, and their lam (n,)."""
     bits, clean, lam = wide(bits), wide(clean), wide(lam)[:, None]
     log_R = -lam * bits * clean
     log_R_hat = torch.logaddexp(F.logsigmoid(bits * l_k) - lam, F.logsigmoid(-bits * l_k) + lam)
@@ -327,7 +327,7 @@ def corrupt(x0, cfg, g):
 
 
 def loss_fn(model, x0, bits, lam, weight):
-    """Weighted cross-entropy of the noisy tokens: it leads to a lower NELBO than NELBO as loss."""
+    """Weighted cross-entropy of the noisy tokens. In sdd.py the NELBO as loss is worse (LOG.md)."""
     at_noisy = (weight > 0).nonzero(as_tuple=True)
     logits = model(bits, lam, at_noisy)
     return (F.cross_entropy(logits, x0[at_noisy], reduction="none") * weight[at_noisy]).sum()

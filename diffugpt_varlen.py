@@ -21,10 +21,10 @@ Equations. A canvas is text, EOS, PAD, PAD ...; L is the position of EOS (T: non
 Shapes: B rows, T tokens, V vocabulary (PAD is V, M is V + 1), C width, H heads, D = C / H. Units:
 nats. Every position of a row is scored, PAD too: the model is not told the length. g draws noise.
 
-Differs from the paper: the loss is the bound per position (theirs is twice that: they divide by the
-number of masks, half of the positions); exact numbers of masks, no cut-off of t; M and PAD are new
-rows of the embedding, M is never predicted; prompts and crops in training, for lengths. Differs
-from ar.py: a GPT-2 block with the tensor names of `transformers`, so that weights fit both.
+Differs from the paper: the loss is the bound per position (theirs is twice that for large batches:
+they divide by the number of masks, half of the positions); exact numbers of masks, no cut-off of t;
+M and PAD are new rows of the embedding, M is never predicted; prompts and crops in training, for
+lengths. Differs from ar.py: GPT-2 blocks with tensors named as in `transformers`; weights fit both.
 """
 import contextlib
 import copy
@@ -435,13 +435,13 @@ def sample_ar(model, x, cfg, g, on_step=lambda nfe, x: None):
 
 @torch.no_grad()
 def sample(model, x, cfg, g, on_step=lambda nfe, x: None, length_dist=length_dist):
-    """The reverse process: positions of x (B, T) with the id V become tokens, all else is given (V
-    is the mask here, as in mdlm.py; PAD is internal). Returns x, EOS-filled, and NFE; on_step(nfe,
-    x) sees x before it is cut. The length modes of an exact model have one distribution (E5) at
-    temperature 1, a token a step: fixed computes all; truncate stops behind the first EOS or PAD;
-    quantile begins with a canvas that holds L with probability length_quantile, blockwise with one
-    block, and both grow; presampled draws L first, at temperature 1, and writes the EOS there. With
-    order maxprob and temperature 0.5 the others write shorter texts than real ones (LOG.md)."""
+    """The reverse process: positions of x (B, T) with the id V become tokens, all else is given. V
+    is the mask here and in on_step, as in mdlm.py; in canvases it is PAD. Returns x, EOS-filled,
+    and NFE; on_step(nfe, x) sees x uncut. The length modes of an exact model have one distribution
+    (E5) at temperature 1, a token a step: fixed computes all; truncate stops behind the first EOS
+    or PAD; quantile begins with a canvas for the length_quantile of L, blockwise with one block,
+    both grow; presampled draws L first, at temperature 1. With order maxprob and temperature 0.5
+    fixed, truncate and quantile write shorter texts, blockwise worse ones (LOG.md)."""
     if cfg.pipeline == "arm":
         return sample_ar(model, x, cfg, g, on_step)
     (B, T), V, M, docs, nfe = x.shape, cfg.vocab_size, cfg.vocab_size + 1, cfg.rows == "docs", 0

@@ -318,7 +318,7 @@ def corrupt(x0, cfg, g):
 
 
 def loss_fn(model, x0, lam, eps, weight):
-    """Weighted cross-entropy of the noisy tokens: it leads to a lower NELBO than NELBO as loss."""
+    """Weighted cross-entropy of the noisy tokens. In sdd.py the NELBO as loss is worse (LOG.md)."""
     at_noisy = (weight > 0).nonzero(as_tuple=True)
     logits = model(q_sample(model.embeddings()[x0], lam, eps), lam, at_noisy)
     return (F.cross_entropy(logits, x0[at_noisy], reduction="none") * weight[at_noisy]).sum()

@@ -1,9 +1,9 @@
 """Sparse distribution diffusion: each position is k weighted candidate tokens, denoised together.
 
 Method: the state [(0.6, cat), (0.3, dog), (0.1, pet)] of A. Holmes' "Sparse Distribution Diffusion"
-(github.com/aaholmes/diffusion-llm), here with a forward process that has a likelihood: the
-candidates are the top k of an exact posterior. lab/sdd_variants.py has the original, notebook 05
-says why it writes a single text: only in training is the answer among the candidates.
+(github.com/aaholmes/diffusion-llm), with a forward process that has a likelihood: candidates are
+the top k of an exact posterior. The original (lab/sdd_variants.py, notebook 05) writes one text: in
+training the answer is often a candidate; a sampler keeps what it first chose among random ones.
 
     python sdd.py               9 minutes, 2 CPU cores: val <= 1.55 nats/token (entropy 0.91)
     python sdd.py sample --prompt "Once upon a time" --num-samples 3 --trace
@@ -80,7 +80,7 @@ class Config:
     # method
     k: int = 8  # candidates of a position (E3)
     noise_window: float = 0.1  # w (E4), share of the time in which one position gets its noise
-    # sampling; as in the bound: --sampler token --order random --remask none --temperature 1
+    # sampling; as in the bound: --sampler token --order random --temperature 1 --remask none
     # --no-length-first, many --num-steps
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
@@ -202,7 +202,7 @@ class Model(nn.Module):
     """Bidirectional transformer over states: candidates ids (B, T, K) and logp (B, T, K + 1), their
     log-probabilities and, last, that of all other tokens -> the context's logits net (B, T, V) of
     (E5), or (n, V) at the n positions `is_target`, boolean (B, T) or indices. The first candidate
-    of a clean position has logp 0; where nothing is known, the last entry (all others) has it."""
+    of a clean position has logp 0 (also if p rounds to 1), the last entry if nothing is known."""
     CAP = 10.0  # largest logit of the network, either sign: context alone gives odds up to e^20
 
     def __init__(self, cfg):
@@ -222,8 +222,8 @@ class Model(nn.Module):
                 nn.init.normal_(p, std=0.02)
 
     def embed(self, ids, logp):
-        """A state as one vector, (B, T, C): wte of the first candidate if clean, 0 if unknown, else
-        sum_j p_j (wte_j + f(log p_j)) over the candidates and the other mass, whose wte is 0."""
+        """A state as one vector, (B, T, C): wte of the first candidate if clean or p rounds to 1,
+        0 if unknown, else sum_j p_j (wte_j + f(log p_j)); j: candidates, other mass (wte 0)."""
         at_clean = (logp[..., 0] == 0).nonzero(as_tuple=True)
         at_between = ((logp[..., 0] < 0) & (logp[..., -1] < 0)).nonzero(as_tuple=True)
         x = torch.zeros(*ids.shape[:2], self.wpe.embedding_dim, device=ids.device)
@@ -269,7 +269,7 @@ def noise_levels(t, tau, cfg):
     nothing is known, and -d prec / dt, 0 for these two: (B, T) each."""
     own = ((t - tau) / cfg.noise_window).clamp(0, 1)  # (E4)
     own = (own.cpu() if own.device.type == "mps" else own).double()  # Apple's GPUs have none
-    unit = max(8.0, 2 * math.log(cfg.vocab_size))  # a token alone is lost near prec = 2 ln V
+    unit = max(8.0, 2 * math.log(cfg.vocab_size))  # a token is lost at this order of prec
     prec = (unit * -own.log()).clamp(0, CLEAN)
     slope = torch.where((prec > 0) & (prec < CLEAN), unit / own, 0.0)
     return prec.float().to(tau.device), slope / cfg.noise_window
@@ -340,7 +340,7 @@ def corrupt(x0, cfg, g, noise_levels=noise_levels):
 
 
 def loss_fn(model, x0, prec, eps, weight):
-    """Weighted cross-entropy of the noisy tokens: it leads to a lower NELBO than NELBO as loss."""
+    """Weighted cross-entropy of noisy tokens. NELBO as loss leads to a higher NELBO at this lr."""
     at_noisy, count = (weight > 0).nonzero(as_tuple=True), between(prec).sum(1)
     eps = eps[torch.arange(eps.shape[1], device=eps.device) < count[:, None]]  # (n, V)
     at_between = between(prec).nonzero(as_tuple=True)

@@ -8,7 +8,7 @@ samplers, guidance, and the bound of few steps. By default all is as in the scri
     python lab/bit_variants.py sample --out out/bit_head --prompt "Once upon a time" --guidance 1
 
 Equations; l_k is the log-odds of bit k to be +1, and (E1) to (E8) are in bit_diffusion.py.
-    (V1)  bit head: l_k = net_k + lam b_k, loss -sum_k ln sigmoid(C_k l_k): binary cross-entropy
+    (V1)  bit head: l_k = net_k + lam b_k, loss -sum_k ln sigmoid(b_0,k l_k): binary cross-entropy
     (V2)  a mixture of R such products: Bayes' rule multiplies the weight of product r by
           prod_k cosh(l_rk / 2) / cosh(net_rk / 2)
     (V3)  from bits to tokens, codes of no token ruled out: p(v) = softmax_v(1/2 U_v.l)
