@@ -143,13 +143,17 @@ def insert(page, parts):
 
 def page(results):
     """compare.md: what made the results, the tables, the figures, two stories of each method."""
-    made, parts = results[0], tables(results)
+    made, parts, machines = results[0], tables(results), {}
+    for row in results:
+        if row["kind"] == "run":
+            machines.setdefault(row["machine"], []).append(f"{row['name']} {row['seed']}")
     out = [f"# Six methods at one budget\n\nMade by `{made['command']}` from {made['tokens']:,} "
            f"tokens a run, seeds {', '.join(map(str, made['seeds']))}, torch {made['torch']}, "
-           f"{made['machine']}, {made['dtype']}, {made['test']} test documents, {made['n']} "
+           f"{made['dtype']}, {made['test']} test documents, {made['n']} "
            "samples a row. `=` is exact, `<=` an upper bound; ± is a standard error over "
            "documents, brackets are the least and most of the seeds. Latencies: "
-           f"{results[-1]['machine']}, threads: {results[-1]['threads']}.",
+           f"{results[-1]['machine']}, threads: {results[-1]['threads']}. Runs: "
+           f"{'; '.join(f'{k} ({chr(44).join(v)})' for k, v in machines.items())}.",
            "## Likelihood", parts["details"],
            "![bound against tokens](compare_bound.png)", "## Samples", parts["samples"],
            "![quality against NFE](compare_quality.png)", "![metrics](compare_samples.png)",

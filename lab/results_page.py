@@ -17,11 +17,7 @@ from lab.compare_page import SIGN, cell, insert, markdown
 
 RESULTS = ROOT / "results"
 RUNS = ("ar ar_10000 mdlm mdlm_10000 dit_embed dit_embed_10000 bit_diffusion bit_diffusion_10000 "
-        "bit_diffusion_head bit_diffusion_head_32 sdd sdd_10000 diffugpt_varlen "
-        "diffugpt_varlen_10000").split()
-TODAY = dict(  # commands of files from before the options had the names of today
-    bit_diffusion_head="lab/bit_variants.py --head bit --out out/bit_head",
-    bit_diffusion_head_32="lab/bit_variants.py --head bit --num-mixture 32 --out out/bit_head_32")
+        "sdd sdd_10000 diffugpt_varlen diffugpt_varlen_10000").split()
 SAMPLES = dict(  # file: (the setting of a row, which rows are shown)
     mdlm_eval=("order", [("maxprob", (8, 16, 32, 64, 160)), ("random", (32, 160)),
                          ("margin", (32,)), ("entropy", (32,))]),
@@ -64,6 +60,12 @@ def metrics_of(rows):
     return [cell(mean(rows, key), 0 if key == "length" else 2) for key in METRICS]
 
 
+def steps_of(config):
+    """The optimizer steps of a run, those of a parent before a +."""
+    parent = config.get("init_from") == "parent"
+    return f"{config['parent_steps']} + {config['steps']}" if parent else str(config["steps"])
+
+
 def runs():
     """Single runs: the last evaluation and the samples at the end."""
     lines = []
@@ -72,14 +74,10 @@ def runs():
             continue
         log = log_of(name)
         made, last, sample = (of_kind(log, kind)[-1] for kind in ("config", "val", "samples"))
-        sign, steps = SIGN[last["bound"]], str(made["config"]["steps"])
-        if "diffugpt" in name:
-            steps = f"{made['config']['parent_steps']} + {steps}"
-        command = TODAY.get(name) or made.get("command") or made["run"]["command"]
-        command = re.sub(r" --out[= ]out/(compare|long)/\S+", "", command)
-        old = "" if "max_docs" in made["config"] else " ‡"  # a name of today
+        sign, steps = SIGN[last["bound"]], steps_of(made["config"])
+        command = re.sub(r" --out[= ]out/(compare|long)/\S+", "", made["command"])
         lines.append([
-            f"`python {command}`{old}", steps,
+            f"`python {command}`", steps,
             f"{sign} {last['nats_per_doc']:.1f} ± {last['se']:.1f}",
             f"{sign} {last['gap']:.1f} ± {last['gap_se']:.1f}",
             f"{sign} {last['nats_per_token']:.3f}",
@@ -91,21 +89,28 @@ def runs():
 
 
 def real_text():
-    """Runs on real text: the last evaluation and, as ar.py overfits, the best."""
+    """Counts and runs on real text: the last evaluation and, as ar.py overfits, the best."""
+    def row(data, what, steps, last, best, path):
+        sign = SIGN[last["bound"]]
+        return [data, what, steps,
+                f"{sign} {last['nats_per_token']:.3f} ± {last['nats_per_token_se']:.3f}", best,
+                f"{sign} {math.exp(last['nats_per_token']):.2f}",
+                f"{sign} {last['bits_per_byte']:.3f}", f"[{path.name}]({path.name})"]
+
     lines = []
-    for path in sorted(RESULTS.glob("real_*.jsonl")):
-        log = log_of(path.stem)
-        made, vals = of_kind(log, "config")[-1], of_kind(log, "val")
-        best = min(vals, key=lambda row: row["nats_per_token"])
-        sign, data = SIGN[best["bound"]], Path(made["config"]["data"]).stem
-        lines.append([
-            data, f"`{made['command'].split()[0]}`", str(made["config"]["steps"]),
-            f"{made['config']['lr']:g}", f"{sign} {vals[-1]['nats_per_token']:.3f}",
-            f"{best['nats_per_token']:.3f} ({best['step']})",
-            f"{sign} {math.exp(vals[-1]['nats_per_token']):.2f}",
-            f"{sign} {vals[-1]['bits_per_byte']:.3f}", f"[{path.name}]({path.name})"])
-    return markdown("text | script | steps | lr | nats/token | best (step) | perplexity | "
-                    "bits/byte | file", lines)
+    for counts in sorted(RESULTS.glob("real_*_ngrams.json")):
+        data = counts.stem.split("_")[1]
+        for order, last in json.loads(counts.read_text("utf-8"))["orders"].items():
+            name = "unigram" if order == "1" else f"{order}-gram"
+            lines.append(row(data, f"*{name}*", "", last, "", counts))
+        for path in sorted(RESULTS.glob(f"real_{data}_*.jsonl")):
+            log = log_of(path.stem)
+            made, vals = of_kind(log, "config")[-1], of_kind(log, "val")
+            best = min(vals, key=lambda row: row["nats_per_token"])
+            lines.append(row(data, f"`{made['command'].split()[0]}`", steps_of(made["config"]),
+                             vals[-1], f"{best['nats_per_token']:.3f} ({best['step']})", path))
+    return markdown("text | model | steps | nats/token | best (step) | perplexity | bits/byte | "
+                    "file", lines)
 
 
 def samples(name):
@@ -169,11 +174,10 @@ def heads(made):
 def codes(made):
     """Mean and range over seeds for each order of the codes."""
     orders, lines = ("id", "random", "frequency", "semantic"), []
-    for head in ("token", "bit"):
+    for head in dict.fromkeys(row["name"] for row in made["rows"]):
         nats = [[row["nats_per_story"] for row in made["rows"]
-                 if (row["head"], row["num_mixture"], row["code"]) == (head, 1, order)]
-                for order in orders]
-        lines.append([head, *(spread("<=", some) for some in nats)])
+                 if (row["name"], row["code"]) == (head, order)] for order in orders]
+        lines.append([head, *(spread("<=", some) if some else "" for some in nats)])
     return markdown(" | ".join(["head", *orders]), lines)
 
 
@@ -215,6 +219,8 @@ def adaptation(made):
         size = [row["length"] for row in some]
         lines.append([name, spread("<=", [row["nats_per_story"] for row in some]),
                       f"{mean(size, 'nats'):.2f}", f"{mean(size, 'pad_recall'):.2f}"])
+    nats = made["rows"][0]["training_length"]["nats"]
+    lines.append(["*training lengths alone*", "", f"{nats:.2f}", ""])
     return markdown("case | bound, nats per story | length, nats | PAD recall", lines)
 
 

@@ -7,6 +7,7 @@ Each file holds Config, tokenizer and step, as the checkpoint of a run does, and
 bounds on the page are those of the file itself: all 500 test stories and, for a quick check, 32.
 """
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -18,7 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `python lab/weights.py`
 import common
 from data.prepare import load_data, sha_of
+from lab.compare_page import SIGN
 from lab.methods import IDEAS, amp, script_of
+from lab.results_page import steps_of
 
 FOLDER = ROOT / "weights"
 PAGE = """# Weights
@@ -29,13 +32,13 @@ One trained checkpoint of each script, its averaged weights in bfloat16. Where n
 by name. The file holds Config, tokenizer and step as well. It is not enough to go on training; that
 takes the `state.pt` of a run. `python lab/weights.py RUN` makes a file and this page.
 
-*Bound*: nats per token with these weights, `=` exact, `<=` an upper bound (8 draws of noise); ± is
-one standard error over stories. The entropy of the 500 test stories
-is {entropy:.3f} nats per token. The last column is the same for the first 32 of them; a test
-computes it again.
+The numbers are of 500 test stories with these weights (one seed): `=` is exact, `<=` an upper bound
+(8 draws of noise), ± one standard error over stories. The entropy of these stories is {entropy:.3f}
+nats per token, {per_story:.1f} per story. The last column is the bound of the first 32, nats per
+token; a test computes it again.
 
-| file | made by | steps | parameters, M | bound, 500 test stories | 32 test stories |
-|---|---|---|---|---|---|
+| file | made by | steps | parameters, M | nats/token | perplexity | nats per story | first 32 |
+|---|---|---|---|---|---|---|---|
 {rows}
 
 | file | hardware and versions | sha256 |
@@ -79,23 +82,25 @@ def ship(out):
 
 def write_page():
     """weights/README.md, from what the files say of themselves."""
-    rows, hashes, entropy = [], [], 0.0
+    rows, hashes, entropy, per_story = [], [], 0.0, 0.0
     for path in [FOLDER / f"{name}.safetensors" for name in IDEAS]:
         if not path.exists():
             continue
         with safe_open(path, "pt") as file:
-            made, step = json.loads(file.metadata()["made"]), file.metadata()["step"]
+            made, config = (json.loads(file.metadata()[key]) for key in ("made", "config"))
         bounds = [made["bound_500"], made["bound_32"]]
-        entropy = bounds[0]["entropy_per_doc"] / (
-            bounds[0]["nats_per_doc"] / bounds[0]["nats_per_token"])
-        said = [f"{'=' if b['bound'] == 'exact' else '<='} {b['nats_per_token']:.3f} ± "
-                f"{b['nats_per_token_se']:.3f}" for b in bounds]
+        sign, per_story = SIGN[bounds[0]["bound"]], bounds[0]["entropy_per_doc"]
+        entropy = per_story / (bounds[0]["nats_per_doc"] / bounds[0]["nats_per_token"])
+        said = [f"{sign} {bound['nats_per_token']:.3f}" for bound in bounds]
+        said[1:1] = [f"{sign} {math.exp(bounds[0]['nats_per_token']):.2f}",
+                     f"{sign} {bounds[0]['nats_per_doc']:.1f} ± {bounds[0]['se']:.1f}"]
         link = f"[{path.name}]({path.name})"
-        rows.append(f"| {link} | `python {made['command']}` | {step} | "
-                    f"{made['parameters'] / 1e6:.2f} | {said[0]} | {said[1]} |")
+        rows.append(f"| {link} | `python {made['command']}` | {steps_of(config)} | "
+                    f"{made['parameters'] / 1e6:.2f} | {' | '.join(said)} |")
         hashes.append(f"| {link} | {made['machine']}, {made['threads']} thread, "
                       f"{made['dtype']}, PyTorch {made['torch']} | `{sha_of(path)}` |")
-    text = PAGE.format(entropy=entropy, rows="\n".join(rows), hashes="\n".join(hashes))
+    text = PAGE.format(entropy=entropy, per_story=per_story, rows="\n".join(rows),
+                       hashes="\n".join(hashes))
     common.replace(FOLDER / "README.md", lambda file: file.write(text.encode()))
 
 

@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+import tyro
 
 from lab import results_page
 from lab.compare_page import insert
+from lab.methods import IDEAS, ancestral, script_of
 from lab.results_page import log_of, of_kind
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +47,7 @@ def test_numbers_of_tables_by_hand():
 @pytest.mark.parametrize("path", RUNS, ids=NAME)
 def test_a_log_is_that_of_a_finished_run(path):
     made, last = (of_kind(log_of(path.stem), kind)[-1] for kind in ("config", "val"))
-    assert made.get("run", made).keys() >= {"device", "dtype", "tokenizer"}
+    assert made.keys() >= {"command", "device", "dtype", "tokenizer"}
     assert made["config"]["steps"] == last["step"] and made["config"]["seed"] == 1337
     assert path.stem.startswith("real_") or last["gap"] > 0 and path.stem in results_page.RUNS
 
@@ -81,4 +83,16 @@ def test_the_tokenizer_of_the_results_is_the_one_in_the_repository():
     stored = load_tokenizer(ROOT / "data" / "tales_bpe.json").fingerprint
     made = [row for path in RUNS for row in of_kind(log_of(path.stem), "config")
             if row["config"]["data"] == "tales"]
-    assert {row.get("run", row)["tokenizer"] for row in made} == {stored}
+    assert {row["tokenizer"] for row in made} == {stored}
+
+
+def test_the_page_has_the_options_of_the_sampler_that_the_bound_is_about():
+    """`T=1, one token per step` of the tables is what a reader gets by these options."""
+    found = re.findall(r"^\| (`\w+\.py`.*?) \| `(--.*--temperature 1.*)` \|$", PAGE, re.M)
+    scripts = [(name, flags.split()) for names, flags in found
+               for name in re.findall(r"(\w+)\.py", names)]
+    assert sorted(name for name, _ in scripts) == sorted({*IDEAS} - {"ar"})
+    for name, flags in scripts:
+        script = script_of(name)
+        cfg = script.Config()
+        assert tyro.cli(script.Config, args=flags) == ancestral(script, cfg) != cfg

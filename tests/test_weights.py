@@ -2,6 +2,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import shutil
 import sys
@@ -36,18 +37,21 @@ def test_every_script_has_weights():
 @each
 def test_the_page_is_that_of_the_files(path):
     """Command, step, bounds and sha256; the files are no larger than they need to be."""
-    command, step, size, *bounds = row_of(path, 0)
+    command, steps, size, nats, perplexity, per_story, first = row_of(path, 0)
     with safe_open(path, "pt") as file:
         about = file.metadata()
         made = json.loads(about["made"])
         assert {str(file.get_tensor(key).dtype) for key in file.keys()} == {"torch.bfloat16"}
-    assert command == f"`python {made['command']}`" and step == about["step"]
+    assert command == f"`python {made['command']}`" and steps.split("+ ")[-1] == about["step"]
+    assert (" + " in steps) == (path.stem == "diffugpt_varlen")
     assert json.loads(about["config"])["out"] == f"out/{path.stem}"
-    for said, n in zip(bounds, (500, 32)):
+    for said, n in ((nats, 500), (first, 32)):
         bound = made[f"bound_{n}"]
         assert bound["rows"] == n
         assert said.split()[1] == f"{bound['nats_per_token']:.3f}"
         assert said.split()[0] == dict(exact="=", upper="<=")[bound["bound"]]
+    assert float(perplexity.split()[1]) == pytest.approx(math.exp(float(nats.split()[1])), rel=3e-3)
+    assert per_story.split()[1] == f"{made['bound_500']['nats_per_doc']:.1f}"
     assert hashlib.sha256(path.read_bytes()).hexdigest() in row_of(path, 1)[1]
     assert path.stat().st_size < 2.2e6 * float(size) + 2e5
 
@@ -66,7 +70,7 @@ def test_shipped_weights_sample_and_have_the_bound_that_is_stated(path, tmp_path
     cfg = common.load_config(script.Config, f"out/{path.stem}")
     about = dict(config=json.dumps(dataclasses.asdict(cfg)))
     again = weights.bound_of(path.stem, load_file(path), about, 32)
-    stated = float(row_of(path, 0)[4].split()[1])
+    stated = float(row_of(path, 0)[-1].split()[1])
     assert again["nats_per_token"] == pytest.approx(stated, rel=0.003)
 
 
@@ -104,7 +108,7 @@ def test_a_run_is_shipped(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(weights, "FOLDER", tmp_path / "weights")
     monkeypatch.setattr(weights, "bound_of", lambda name, weights, about, n: dict(
-        bound="upper", rows=n, nats_per_token=1.0, nats_per_token_se=0.1, nats_per_doc=100.0,
+        bound="upper", rows=n, nats_per_token=1.0, nats_per_doc=100.0, se=2.0,
         entropy_per_doc=90.0))
     monkeypatch.setattr(common, "show_samples", lambda *a: None)
 
@@ -121,8 +125,9 @@ def test_a_run_is_shipped(tmp_path, monkeypatch, capsys):
     theirs = load_file(tmp_path / "out/a/model.safetensors")
     assert all(torch.equal(ours[key], theirs[key].bfloat16()) for key in theirs | ours)
     page = (tmp_path / "weights/README.md").read_text("utf-8")
-    assert "`python mdlm.py --out out/a`" in page and "<= 1.000 ± 0.100" in page
-    assert "is 0.900 nats per token" in page
+    assert "`python mdlm.py --out out/a`" in page
+    assert "<= 1.000 | <= 2.72 | <= 100.0 ± 2.0 | <= 1.000" in page
+    assert "is 0.900 nats per token" in " ".join(page.split())
     shutil.rmtree(tmp_path / "weights")
     for out, words in ("out/b", "other data"), ("out/c", "no run of"):
         with pytest.raises(common.UserError, match=words):
