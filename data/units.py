@@ -12,6 +12,11 @@ def tokens_of(x, cfg):
     return [r[:r.index(cfg.eos)] if cfg.rows == "docs" and cfg.eos in r else r for r in rows]
 
 
+def sizes_of(x, cfg):
+    """How many tokens each row of x (B, T) is scored for, its first EOS among them: a list."""
+    return [min(len(ids) + (cfg.rows == "docs"), x.shape[1]) for ids in tokens_of(x, cfg)]
+
+
 def entropy_of(rows):
     """Entropy in nats of the tokens of all rows (lists of ids) together: how varied they are."""
     counts = Counter(itertools.chain(*rows))
@@ -29,10 +34,9 @@ def likelihood(nats, x0, true_nll, tokenizer, cfg, bound):
     per byte, and the gap to `true_nll` (B,) where that is known, paired row by row. `bound` says
     what the nats are: "exact", or "upper" for an upper bound. se: standard errors; nats per token
     are a ratio of two sums, so theirs is that of nats - ratio x tokens."""
-    tokens = tokens_of(x0, cfg)
-    sizes = torch.tensor([min(len(ids) + (cfg.rows == "docs"), x0.shape[1]) for ids in tokens])
-    count, nats = sizes.sum().item(), nats.cpu().double()  # sizes: with EOS
-    size = sum(len(tokenizer.decode_bytes(ids)) for ids in tokens)
+    sizes, nats = torch.tensor(sizes_of(x0, cfg)), nats.cpu().double()
+    count = sizes.sum().item()
+    size = sum(len(tokenizer.decode_bytes(ids)) for ids in tokens_of(x0, cfg))
     ratio = nats.sum().item() / count
     row = dict(bound=bound, rows=len(x0), nats_per_token=ratio,
                nats_per_token_se=se(nats - ratio * sizes) * len(x0) / count,

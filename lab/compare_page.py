@@ -153,7 +153,7 @@ def page(results):
            "samples a row. `=` is exact, `<=` an upper bound; ± is a standard error over "
            "documents, brackets are the least and most of the seeds. Latencies: "
            f"{results[-1]['machine']}, threads: {results[-1]['threads']}. Runs: "
-           f"{'; '.join(f'{k} ({chr(44).join(v)})' for k, v in machines.items())}.",
+           + "; ".join(f"{name} ({', '.join(runs)})" for name, runs in machines.items()) + ".",
            "## Likelihood", parts["details"],
            "![bound against tokens](compare_bound.png)", "## Samples", parts["samples"],
            "![quality against NFE](compare_quality.png)", "![metrics](compare_samples.png)",

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python lab/m
 import ar
 import common
 from data.tales import grade
-from data.units import entropy_of, tokens_of
+from data.units import entropy_of, sizes_of, tokens_of
 
 
 def text_metrics(rows):
@@ -47,7 +47,7 @@ def generative_nll(x, cfg, judge):
     rows, ended = tokens_of(x, cfg), x.clone()
     for row, tokens in zip(ended, rows):
         row[len(tokens):] = cfg.eos  # what follows the first EOS is not part of the text
-    count = sum(min(len(ids) + (cfg.rows == "docs"), x.shape[1]) for ids in rows)  # EOS, too
+    count = sum(sizes_of(x, cfg))
     return ar.nll(model, ended.to(model.head.weight.device), theirs).sum().item() / max(1, count)
 
 

@@ -521,12 +521,15 @@ def test_a_likelihood_in_all_units_by_hand():
     row = units.likelihood(torch.tensor([6.0, 3.0]), torch.ones(2, 4).long(), None, tokenizer, cfg,
                            "exact")
     assert row["nats_per_token"] == 9 / 8 and not {"gap", "nats_per_doc"} & row.keys()
+    assert units.se(torch.tensor([1.0, 3.0])) == 1 and units.se(torch.ones(1)) == 0
 
 
 def test_the_error_of_nats_per_token_is_that_of_a_ratio():
     """0 if every token costs the same, however long the rows; else as over many draws of rows."""
     g, cfg = torch.Generator().manual_seed(0), SimpleNamespace(rows="docs", eos=0)
     tokenizer = SimpleNamespace(decode_bytes=bytes)
+    full = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])  # the first row has no EOS
+    assert units.sizes_of(full, cfg) == [3, 2, 3]
     length = torch.randint(2, 40, (4000,), generator=g)
     x0 = (torch.arange(40) < length[:, None]).long()  # tokens 1, then EOS
     size = (length + 1).clamp(max=40)
@@ -538,7 +541,6 @@ def test_the_error_of_nats_per_token_is_that_of_a_ratio():
     spread = torch.tensor([row["nats_per_token"] for row in some]).std().item()
     mean = sum(row["nats_per_token_se"] for row in some) / len(some)
     assert mean == pytest.approx(spread, rel=0.25)
-    assert units.se(torch.tensor([1.0, 3.0])) == 1 and units.se(torch.ones(1)) == 0
 
 
 # ---- stopping and resuming -----------------------------------------------------------------------

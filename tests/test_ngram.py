@@ -62,6 +62,12 @@ def test_the_weights_of_an_ngram_are_those_of_most_likelihood():
         assert model.nll(others).sum() > best - 0.05
 
 
+def test_an_order_whose_ngrams_are_no_64_bit_numbers_is_refused():
+    cfg = SimpleNamespace(vocab_size=2048, eos=0, rows="stream")
+    with pytest.raises(ngram.common.UserError, match="order 6 is too high for 2048 tokens"):
+        NGram(6, np.ones((2, 8), int), np.ones((2, 8), int), cfg)
+
+
 def test_the_rows_of_a_script_are_evaluated_and_written(tmp_path, monkeypatch, capsys):
     """With --split val: those that a script validates on; the others fit the weights."""
     monkeypatch.setenv("TEXT_DIFFUSION_CACHE", str(tmp_path / "cache"))
