@@ -260,6 +260,14 @@ def test_requirements_are_pinned_and_complete():
                 assert comes_with.get(name, name) in named, f"{path.name} imports {name}"
 
 
+@every_notebook
+def test_the_contents_of_a_notebook_lead_to_its_headings(path):
+    """As Jupyter makes the address of a heading: its text, with - for each space."""
+    text = "\n".join("".join(cell["source"]) for cell in cells(path, "markdown"))
+    headings = {title.replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.M)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings
+
+
 def test_git_ignores_what_runs_make():
     ignored = read(ROOT / ".gitignore").split()
     assert {"out/", "data/cache/", "__pycache__/", ".pytest_cache/"} <= set(ignored)
