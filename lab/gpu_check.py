@@ -5,8 +5,9 @@
     python lab/gpu_check.py --device cpu --tiny        the same on a CPU, of toy size
 
 Each script trains at preset tiny (its loss and gradient of one batch must be those of a CPU), goes
-on with --resume, samples, and at preset small takes the largest batch that fits: tokens per second,
-share of the GPU's bfloat16 peak (model FLOP utilisation), peak memory, eager and compiled.
+on with --resume, samples, and at preset small takes the fastest batch that fits: tokens per second,
+share of the GPU's bfloat16 peak (model FLOP utilisation), peak memory, eager, and compiled at that
+batch. gpu.json is written after each script, so that a run that is cut short has what it measured.
 """
 import copy
 import dataclasses
@@ -39,6 +40,7 @@ TOY = dict(rows="stream", seq_len=24, n_layer=1, n_head=2, n_embd=32, batch_size
 class Options:
     device: str = "cuda"
     tiny: bool = False  # toy sizes: to test this file
+    only: str = ""  # scripts to check, as in "ar,mdlm"; all if it is empty
     text: str = ""  # a text file for the run of five minutes
     out: str = "out/gpu_check"  # folder of the runs
 
@@ -55,8 +57,10 @@ def parity(script, cfg, data, device):
     parts = parts if script in (ar, diffugpt_varlen) else (x0, *parts)
     for where in ("cpu", device):
         model = copy.deepcopy(here).to(where)
-        total = script.loss_fn(model, *(p.to(where) if torch.is_tensor(p) else p for p in parts))
-        total.backward()
+        moved = (p.to(where) if torch.is_tensor(p) else p for p in parts)
+        with torch.backends.cudnn.flags(allow_tf32=False):  # its convolutions round to 10 bits
+            total = script.loss_fn(model, *moved)
+            total.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
         found.append([total.item(), norm.item()])
     return [abs(b / a - 1) for a, b in zip(*found)]
@@ -82,37 +86,41 @@ def runs(name, opt):
     return dict(first_loss=losses[0], last_loss=losses[-1])
 
 
-def speed(script, opt, device, compiled):
-    """Tokens per second, utilisation and peak memory of preset small at the largest batch."""
+def speed(script, opt, device, compiled=False, batches=(32, 64, 128, 256, 512, 1024)):
+    """Tokens per second, FLOP per token and peak memory of preset small at the fastest batch."""
     own = dict(init_from="scratch") if script is diffugpt_varlen else {}
     size = TOY if opt.tiny else script.PRESETS["small"]
-    cfg = script.Config(**size, **own)
+    cfg = script.Config(**size, **own, compile="yes" if compiled else "no")
     data, best = script.load_data(cfg, quiet=True), {}
-    amp = torch.autocast(device.type, torch.bfloat16)
-    for batch in (2, 4) if opt.tiny else (32, 64, 128, 256, 512, 1024):
+    warm, rounds = (1, 2) if opt.tiny else (4, 10)
+    for batch in batches:
         cfg = dataclasses.replace(cfg, batch_size=batch)
         g = torch.Generator().manual_seed(0)
+        if device.type == "cuda":  # what the batch before held is not counted
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         try:
             model = script.Model(cfg).to(device)
-            fast.speed_up(model, dataclasses.replace(cfg, compile="yes" if compiled else "no"),
-                            device)
+            fast.speed_up(model, cfg, device)
             parts = (script, loss, cfg, model, script.make_optimizers(model, cfg), g,
-                     lambda: script.get_batch(data.train, cfg, g), amp)
-            for _ in range(1 if opt.tiny else 4):
+                     lambda: script.get_batch(data.train, cfg, g),
+                     torch.autocast(device.type, torch.bfloat16))
+            for _ in range(warm):
                 step(*parts)
-            with FlopCounterMode(display=False) as counter:
-                step(*parts) if not compiled else None
-            begun, rounds = time.perf_counter(), 2 if opt.tiny else 10
+            begun = time.perf_counter()
             for _ in range(rounds):
                 step(*parts)
             rate = rounds * batch * cfg.seq_len / (time.perf_counter() - begun)
         except torch.OutOfMemoryError:
             break
         if rate > best.get("tokens_per_second", 0):
-            best = dict(batch_size=batch, tokens_per_second=rate,
-                        flop_per_token=counter.get_total_flops() / (batch * cfg.seq_len))
+            best = dict(batch_size=batch, tokens_per_second=rate)
             if device.type == "cuda":
                 best["gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
+            if not compiled:  # which hides what is computed
+                with FlopCounterMode(display=False) as counter:
+                    step(*parts)
+                best["flop_per_token"] = counter.get_total_flops() / (batch * cfg.seq_len)
     return best
 
 
@@ -130,41 +138,58 @@ def five_minutes(opt):
     return read_log(out)[-1]
 
 
+def check(script, opt, device):
+    """All of the above but the five minutes, for one script."""
+    own = dict(init_from="scratch") if script is diffugpt_varlen else {}
+    cfg = script.Config(batch_size=4, **own)
+    data = script.load_data(cfg, quiet=True)
+    row = dict(zip(("loss_differs", "gradient_differs"), parity(script, cfg, data, device)))
+    row |= runs(script.__name__, opt)
+    row["eager"] = speed(script, opt, device, **dict(batches=(2, 4)) if opt.tiny else {})
+    if not opt.tiny and row["eager"]:
+        row["compiled"] = speed(script, opt, device, True, (row["eager"]["batch_size"],))
+    peak = next((v for k, v in PEAK.items() if k in fast.machine(device)), None)
+    for found in (row["eager"], row.get("compiled")):
+        if peak and found:
+            flop = row["eager"]["flop_per_token"]
+            found["utilisation"] = flop * found["tokens_per_second"] / peak
+    return row
+
+
+def table(rows):
+    """A line for each script, eager and compiled."""
+    lines = [f"{'':16}loss differs  gradient differs  loss 1 -> last   batch  tokens/s  peak  GiB"]
+    for name, row in rows.items():
+        for kind in [kind for kind in ("eager", "compiled") if row.get(kind)]:
+            found = row[kind]
+            lines.append(f"{name:16}{row['loss_differs']:12.1e}{row['gradient_differs']:18.1e}"
+                         f"{row['first_loss']:10.3f} -> {row['last_loss']:.3f}"
+                         f"{found['batch_size']:8}{found['tokens_per_second']:10,.0f}"
+                         f"{found.get('utilisation', 0):6.0%}{found.get('gib', 0):5.1f}  {kind}")
+    return "\n".join(lines)
+
+
 def main(argv):
     opt = tyro.cli(Options, args=argv, description=__doc__)
+    names = opt.only.split(",") if opt.only else [*IDEAS]
+    if not set(names) <= set(IDEAS):
+        raise common.UserError(f"--only {opt.only}: choose from {','.join(IDEAS)}")
     device = fast.pick_device(opt.device)
-    peak = next((v for k, v in PEAK.items() if k in fast.machine(device)), None)
     made = dict(command="python lab/gpu_check.py " + " ".join(argv), seed=0,
                 torch=torch.__version__, machine=fast.machine(device))
-    for name in IDEAS:
-        script = script_of(name)
-        cfg = script.Config(batch_size=4, **(dict(init_from="scratch") if script is diffugpt_varlen
-                                             else {}))
-        data = script.load_data(cfg, quiet=True)
-        row = made[name] = dict(zip(("loss_differs", "gradient_differs"),
-                                    parity(script, cfg, data, device)))
-        row |= runs(name, opt)
-        for compiled in (False, True):
-            if compiled and opt.tiny:
-                break
-            row["compiled" if compiled else "eager"] = found = speed(script, opt, device, compiled)
-            if peak and found:
-                flop = row["eager"]["flop_per_token"]
-                found["utilisation"] = flop * found["tokens_per_second"] / peak
-    if opt.text:
-        made["text"] = five_minutes(opt)
     target = Path(opt.out if opt.tiny else ROOT / "results") / "gpu.json"
-    common.replace(target, lambda file: file.write((json.dumps(made, indent=1) + "\n").encode()))
-    print(f"{'':16}loss differs  gradient differs  loss 1 -> last   batch  tokens/s  peak  GiB")
-    for name in IDEAS:
-        row = made[name]
-        for kind in [kind for kind in ("eager", "compiled") if kind in row]:
-            found = row[kind]
-            print(f"{name:16}{row['loss_differs']:12.1e}{row['gradient_differs']:18.1e}"
-                  f"{row['first_loss']:10.3f} -> {row['last_loss']:.3f}"
-                  f"{found['batch_size']:8}{found['tokens_per_second']:10,.0f}"
-                  f"{found.get('utilisation', 0):6.0%}{found.get('gib', 0):5.1f}  {kind}")
-    wrong = [name for name in IDEAS if max(made[name][k] for k in (
+
+    def keep(name, what):
+        made[name] = what
+        text = json.dumps(made, indent=1) + "\n"
+        common.replace(target, lambda file: file.write(text.encode()))
+
+    for name in names:
+        keep(name, check(script_of(name), opt, device))
+    if opt.text:
+        keep("text", five_minutes(opt))
+    print(table({name: made[name] for name in names}))
+    wrong = [name for name in names if max(made[name][k] for k in (
         "loss_differs", "gradient_differs")) > 1e-3]
     if wrong:
         raise common.UserError(f"loss or gradient is another one on {device}: {', '.join(wrong)}")

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import ar
 import bit_diffusion
@@ -137,6 +138,7 @@ MISTAKES = [(f"lab.{name}", "--nonsense") for name in LAB] + [
     ("benchmarks", "cloze:nothing --out nothing"), ("metrics", "--samples nothing"),
     ("collect", "nothing"), ("compare", "--budget x"), ("compare", "--seeds x"), ("leak", "x"),
     ("compare_page", "nothing"), ("pretrained", "export a"), ("gpu_check", "--device x"),
+    ("gpu_check", "--device cpu --only x"),
     ("ar_extra", "eval --out nothing"), ("decoding", "sample --out nothing"))] + [
     ("data.prepare", flags) for flags in (
         "--nonsense", "nothing.txt", "tales --tokenizer x", "tales --vocab-size 1",
@@ -315,7 +317,8 @@ CACHE = os.environ.get("TEXT_DIFFUSION_CACHE", str(ROOT / "data/cache"))  # not 
 
 
 def test_the_check_of_a_gpu_on_a_cpu(capsys, monkeypatch, tmp_path):
-    """All that it does but compiling, and that another loss on the device is said."""
+    """All that it does but compiling; that a batch that does not fit ends the search, and that
+    another loss on the device is said."""
     monkeypatch.setenv("TEXT_DIFFUSION_CACHE", CACHE)
     for part in ("show_samples", "plot_loss"):
         monkeypatch.setattr(common, part, lambda *_: None)
@@ -326,11 +329,19 @@ def test_the_check_of_a_gpu_on_a_cpu(capsys, monkeypatch, tmp_path):
         assert row["loss_differs"] == 0 and row["last_loss"] < 8 and row["eager"]["batch_size"] in (
             2, 4) and row["eager"]["flop_per_token"] > 1e5 and script.__name__ in found
     check = LAB["gpu_check"]
+
+    def step(script, loss, cfg, *_):
+        if cfg.batch_size > 3:
+            raise torch.OutOfMemoryError
+    with monkeypatch.context() as patch:
+        patch.setattr(check, "step", step)
+        assert check.speed(mdlm, check.Options("cpu", True), torch.device("cpu"), False,
+                           (2, 3, 4, 1))["batch_size"] in (2, 3)
     monkeypatch.setattr(check, "runs", lambda *_: dict(first_loss=1.0, last_loss=1.0))
-    monkeypatch.setattr(check, "speed", lambda *_: made["ar"]["eager"])
+    monkeypatch.setattr(check, "speed", lambda *_, **more: made["ar"]["eager"])
     monkeypatch.setattr(check, "parity", lambda script, *_: (2e-3 * (script is mdlm), 0.0))
     with pytest.raises(common.UserError, match="another one on cpu: mdlm$"):
-        check.main(["--device", "cpu", "--tiny", "--out", str(tmp_path)])
+        check.main(["--device", "cpu", "--tiny", "--out", str(tmp_path), "--only", "ar,mdlm"])
 
 
 def test_text_metrics_count_what_they_say():
