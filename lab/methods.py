@@ -43,10 +43,19 @@ def script_of(name):
     return importlib.import_module(name)
 
 
+def plain(node):
+    """A syntax tree as nested lists without what is empty: versions of Python add such fields."""
+    if isinstance(node, ast.AST):
+        fields = [[key, plain(value)] for key, value in ast.iter_fields(node)
+                  if value is not None and value != []]
+        return [type(node).__name__, *fields]
+    return [plain(part) for part in node] if isinstance(node, list) else node
+
+
 @functools.cache
 def code_of(name):
-    """A fingerprint of a script that its comments, its docstrings and its last section, the command
-    line, do not change."""
+    """A fingerprint of a script that its comments, its docstrings, its last section, the command
+    line, and the version of Python do not change."""
     tree = ast.parse((ROOT / f"{name}.py").read_text("utf-8"))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
@@ -54,7 +63,7 @@ def code_of(name):
                 body[0].value, ast.Constant):
             body[0].value.value = ""
     tree.body = [node for node in tree.body if getattr(node, "name", "") != "main"]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(plain(tree)).encode()).hexdigest()[:16]
 
 
 def load(name, out):

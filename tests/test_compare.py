@@ -1,4 +1,5 @@
 """lab/compare.py: one budget, the table, what is made again and what is not, and the film."""
+import ast
 import contextlib
 import dataclasses
 import importlib
@@ -280,6 +281,18 @@ def test_a_browser_shows_the_last_frame_of_the_film(tmp_path):
 
 
 # ---- what is committed ---------------------------------------------------------------------------
+
+def test_a_fingerprint_is_the_same_in_every_version_of_python():
+    """ast.dump has type_params since 3.12, and no empty lists since 3.13."""
+    x = ["Name", ["id", "x"], ["ctx", ["Load"]]]
+    assert methods.plain(ast.parse("def f(x):\n    return x, None, 0, f'{x}'")) == [
+        "Module", ["body", [[
+            "FunctionDef", ["name", "f"], ["args", ["arguments", ["args", [["arg", ["arg", "x"]]]]]],
+            ["body", [["Return", ["value", ["Tuple", ["elts", [
+                x, ["Constant"], ["Constant", ["value", 0]],
+                ["JoinedStr", ["values", [["FormattedValue", ["value", x], ["conversion", -1]]]]]
+            ]], ["ctx", ["Load"]]]]]]]]]]]
+
 
 def test_the_pages_equal_the_committed_comparison():
     results = read(KEPT)
