@@ -21,7 +21,7 @@ import diffugpt_varlen as script
 from data.prepare import load_data
 from data.units import se
 from lab import varlen_variants as lab
-from lab.methods import ENTROPY
+from lab.methods import ENTROPY, keep, kept
 from lab.varlen_eval import length_report, nelbo_parts
 
 PARENT, STEPS, EVERY, SEEDS = 300, 300, 50, (1337, 1, 2)
@@ -37,25 +37,30 @@ CASES = {  # name: what is changed
 TARGET = ROOT / "results/adaptation.json"
 
 
+CODE = ("diffugpt_varlen", "lab/varlen_variants")
+
+
 def train(cfg):
-    """Train as cfg says, unless that is done: (model, data, log)."""
-    out = Path(cfg.out)
-    if (out / "model.safetensors").exists():
-        cfg.resume = True
+    """Train as cfg says: (model, data, log)."""
     model = script.train(cfg, lab.Model, lab.corrupt, lab.loss_fn, sample=lab.sample,
                          init_model=lab.init_model)
-    return model, load_data(cfg), common.read_log(out)
+    return model, load_data(cfg), common.read_log(cfg.out)
 
 
 def run(name, changed, seed):
     """Train one of them, with its parent: a row for the file."""
-    out = Path("out") / f"adaptation_{''.join(c if c.isalnum() else '_' for c in name)}_{seed}"
-    if (out / "row.json").exists():
-        return json.loads((out / "row.json").read_text())
     shared = dict(seed=seed, device="cpu", eval_every=EVERY)
-    parent = f"out/adaptation_parent_{seed}"
-    train(lab.Config(**shared, pipeline="arm", init_from="scratch", steps=PARENT, out=parent))
-    cfg = lab.Config(**{**shared, "steps": STEPS, "init_from": parent, "out": str(out), **changed})
+    parent = lab.Config(**shared, pipeline="arm", init_from="scratch", steps=PARENT,
+                        out=f"out/adaptation_parent_{seed}")
+    out = f"out/adaptation_{''.join(c if c.isalnum() else '_' for c in name)}_{seed}"
+    cfg = lab.Config(**{**shared, "steps": STEPS, "init_from": parent.out, "out": out, **changed})
+    row, key, cfg.resume = kept(cfg, *CODE)
+    if row:
+        return row
+    is_trained, parent_key, parent.resume = kept(parent, *CODE)
+    if not is_trained:
+        train(parent)
+        keep(parent, parent_key, True)
     model, data, log = train(cfg)
     x0 = script.get_eval_rows(data.val, cfg, 128)[0]
     with common.Run(cfg).amp:
@@ -68,8 +73,7 @@ def run(name, changed, seed):
                parts=dict(zip(("text", "eos", "pad"), parts.mean(0).tolist())),
                length=lengths["model"], training_length=lengths["training"],
                eos=[row for kind, row in rows if kind == "eos"])
-    (out / "row.json").write_text(json.dumps(row))
-    return row
+    return keep(cfg, key, row)
 
 
 def figure_of(made, names, title):

@@ -20,6 +20,9 @@ from data.units import tokens_of
 class Config(ar.Config):
     repetition_penalty: float = 1.0  # divides the logits of tokens that are already in the row
 
+    def problems(self):
+        return [] if self.repetition_penalty else ["--repetition-penalty must be more than 0"]
+
 
 class Penalized:
     """ar.Model that makes the tokens of its input less likely: positive logits are divided by the

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python lab/b
 import common
 import diffugpt_varlen as script
 from common import UserError
-from lab.methods import results_folder
+from lab.methods import parse_options, results_folder
 from lab.pretrained import Config
 
 KEYS = dict(cloze=("prefix", "target"), choice=("prefix", "choices", "gold"),
@@ -132,7 +132,7 @@ def evaluate(model, items, cfg, tokenizer):
 
 
 def main(argv):
-    opt = tyro.cli(Options, args=argv, description=__doc__)
+    opt = parse_options(Options, argv, __doc__)
     kind, _, path = opt.benchmark.partition(":")
     if kind not in KEYS or not path or opt.num_items < 0:
         raise UserError(f"{opt.benchmark} --num-items {opt.num_items} cannot be: write cloze:FILE, "

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `python lab/by_steps.py`
 import common
 from lab import compare
-from lab.methods import IDEAS, code_of, default_sampler, sample, script_of
+from lab.methods import IDEAS, code_of, default_sampler, parse_options, sample, script_of
 from lab.metrics import measure
 
 
@@ -55,7 +54,7 @@ def watched(script, points, n):
 
 
 def main(argv):
-    opt = tyro.cli(Options, args=argv, description=__doc__)
+    opt = parse_options(Options, argv, __doc__)
     unknown = set(opt.only.split(",")) - set(IDEAS)
     if unknown or opt.budget not in compare.BUDGETS:
         raise common.UserError(f"--only takes {', '.join(IDEAS)}, --budget one of lab/compare.py")

@@ -24,7 +24,7 @@ import sdd
 from data.prepare import load_data
 from data.units import se
 from lab import sdd_variants
-from lab.methods import ENTROPY
+from lab.methods import ENTROPY, keep, kept
 
 BUDGET = dict(steps=400, eval_every=400, seed=1337, device="cpu")
 CASES = {  # name: (script, what is changed); the first is the default
@@ -46,11 +46,12 @@ TARGET = ROOT / "results/candidates.json"
 
 def run(name, script, changed, steps=BUDGET["steps"]):
     """Train one of them and measure it on 128 validation stories: a row for the file."""
-    out = Path("out") / ("candidates_" + "".join(c if c.isalnum() else "_" for c in name))
-    if (out / "row.json").exists():
-        return json.loads((out / "row.json").read_text())
     lab, settings = sdd_variants, dict(BUDGET, steps=steps, eval_every=steps, **changed)
-    cfg = (lab if script is sdd else script).Config(out=str(out), **settings)
+    out = "out/candidates_" + "".join(c if c.isalnum() else "_" for c in name)
+    cfg = (lab if script is sdd else script).Config(out=out, **settings)
+    row, key, cfg.resume = kept(cfg, script.__name__, *["lab/sdd_variants"] * (script is sdd))
+    if row:
+        return row
     model = script.train(cfg, *lab.PARTS) if script is sdd else script.train(cfg)
     seconds = [row["seconds"] for row in common.read_log(out) if row["kind"] == "train"][-1]
     x0 = script.get_eval_rows(load_data(cfg).val, cfg, 128)[0]
@@ -60,8 +61,7 @@ def run(name, script, changed, steps=BUDGET["steps"]):
     row = dict(name=name, changed=changed, steps=steps, seconds=seconds,
                bound="exact" if script is ar else "upper",
                nats_per_story=nats.mean().item(), se=se(nats))
-    (out / "row.json").write_text(json.dumps(row))
-    return row
+    return keep(cfg, key, row)
 
 
 def step_seconds(**changed):
@@ -116,10 +116,10 @@ def main(argv):
         raise common.UserError(f"unknown arguments {' '.join(argv)}: give none, or draw")
     # no samples, and no evaluations on the way
     common.show_samples = common.plot_loss = common.Run.validate = lambda *_: None
-    rows, kept = [run(name, *case) for name, case in CASES.items()], Path("out/ratio.json")
-    if not kept.exists():
-        kept.write_text(str(step_seconds(attention="full") / step_seconds()))
-    ratio = float(kept.read_text())
+    rows, cfg = [run(name, *case) for name, case in CASES.items()], sdd_variants.Config(
+        out="out/candidates_ratio", device="cpu")
+    ratio, key, _ = kept(cfg, "sdd", "lab/sdd_variants")
+    ratio = ratio or keep(cfg, key, step_seconds(attention="full") / step_seconds())
     steps = round(BUDGET["steps"] * ratio)  # as long as full attention takes
     rows.append(run(f"sdd.py, {steps} steps", sdd, {}, steps))
     cfg = sdd_variants.Config()

@@ -19,6 +19,7 @@ import fast
 from data.prepare import load_data
 from data.units import se
 from lab import bit_variants
+from lab.methods import keep, kept
 
 SMALL = dict(steps=300, n_layer=2, n_embd=128, eval_every=300, device="cpu")
 CODES, SEEDS = ("id", "random", "frequency", "semantic"), (0, 1, 2)
@@ -29,10 +30,11 @@ TARGET = ROOT / "results/codes.json"
 
 def run(name, code, seed):
     """Train one of HEADS and measure its bound on 128 validation stories: a row for the file."""
-    out = Path("out") / f"codes_{name.replace(' ', '_')}_{code}_{seed}"
-    if (out / "bound.json").exists():
-        return json.loads((out / "bound.json").read_text())
-    cfg = bit_variants.Config(out=str(out), code=code, seed=seed, **HEADS[name], **SMALL)
+    cfg = bit_variants.Config(out=f"out/codes_{name.replace(' ', '_')}_{code}_{seed}", code=code,
+                              seed=seed, **HEADS[name], **SMALL)
+    row, key, cfg.resume = kept(cfg, "bit_diffusion", "lab/bit_variants")
+    if row:
+        return row
     model = bit_diffusion.train(cfg, bit_variants.new_model, bit_variants.corrupt,
                                 bit_variants.loss_fn, bit_variants.nelbo, bit_variants.sample)
     x0 = bit_diffusion.get_eval_rows(load_data(cfg).val, cfg, 128)[0]
@@ -40,8 +42,7 @@ def run(name, code, seed):
         nats = bit_variants.nelbo(model, x0, cfg, torch.Generator().manual_seed(0), 16)
     row = dict(name=name, head=cfg.head, num_mixture=cfg.num_mixture, code=code, seed=seed,
                nats_per_story=nats.mean().item(), se=se(nats))
-    (out / "bound.json").write_text(json.dumps(row))
-    return row
+    return keep(cfg, key, row)
 
 
 def draw(rows):

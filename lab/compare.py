@@ -14,6 +14,7 @@ out/compare/, and only those are made again whose script or settings have change
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -89,6 +90,12 @@ def made_by(name, run):
         about = file.metadata()
     made = [row for row in common.read_log(out) if row["kind"] == "config"][0]
     return dict(made, config=json.loads(about["config"]), step=int(about["step"]))
+
+
+def weights_of(out):
+    """A fingerprint of the weights in a run folder, or None if there are none yet."""
+    path = Path(out) / "model.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None
 
 
 def is_made(name, run):
@@ -171,16 +178,16 @@ def measure(name, budget, seed):
     """Everything that is measured of one run, as one row; kept beside the run."""
     run, plan = settings(name, budget, seed), BUDGETS[budget]
     kept = Path(f"{run['out']}.row.json")
+    judging = settings("ar", budget, plan["seeds"][0])["out"]
     key = dict(code=code_of(name), test=plan["test"], draws=plan["draws"], n=plan["n"],
-               frontier=[*plan["frontier"]])
+               frontier=[*plan["frontier"]], judge=weights_of(judging))
     if kept.exists():
         row = json.loads(kept.read_text())
         if row["key"] == key and is_made(name, run) is True:
             return row
     script, model, cfg, data = load(name, run["out"])
     made, log = made_by(name, run), common.read_log(run["out"])
-    first = settings("ar", budget, plan["seeds"][0])["out"]
-    judge = load_judge(first, device_of(model), data) if run["out"] != first else None
+    judge = load_judge(judging, device_of(model), data) if run["out"] != judging else None
     seen, step_tokens = train_documents(data, cfg), budget_tokens(budget) // plan["run"]["steps"]
 
     def draw(cfg):
@@ -265,11 +272,12 @@ def baselines(budget):
     three in a row. The counts see as many documents as a run."""
     kept = Path(f"out/compare/{budget}/baselines.json")
     plan = BUDGETS[budget]
-    key = dict(test=plan["test"], n=plan["n"],
+    judging = settings("ar", budget, plan["seeds"][0])["out"]
+    key = dict(test=plan["test"], n=plan["n"], judge=weights_of(judging),
                code=code_of("lab/compare") + code_of("lab/ngram"))
     if kept.exists() and json.loads(kept.read_text())[0]["key"] == key:
         return json.loads(kept.read_text())
-    script, model, cfg, data = load("ar", settings("ar", budget, plan["seeds"][0])["out"])
+    script, model, cfg, data = load("ar", judging)
     judge = model, cfg, data.tokenizer
     x0, true_nll = script.get_eval_rows(data.test, cfg, plan["test"])
     others, seen = script.get_eval_rows(data.val, cfg, 1000)[0], train_documents(data, cfg)

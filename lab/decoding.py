@@ -112,13 +112,14 @@ class Cached:
 def step_counts(num_masked, N, t, s, cfg, g):
     """As mdlm.step_counts, along the rates of --sampling-schedule, with --remask-eta, or drawn from
     the binomials of (E5) and (E6)."""
-    gamma_of = get_schedule(cfg.sampling_schedule)[0]
+    schedule = cfg.sampling_schedule if cfg.num_steps else "linear"  # 0: one token a step
+    gamma_of = get_schedule(schedule)[0]
     gamma_t, gamma_s = gamma_of(torch.tensor([t, s], dtype=torch.float64)).tolist()
     remasks = gamma_t < 1 and cfg.remask != "none"
     sigma_max = min(1.0, gamma_s / (1 - gamma_t)) if remasks else 0.0
     rescale, eta = cfg.remask_rule == "rescale", cfg.remask_eta
     sigma = eta * sigma_max if rescale else min(eta, sigma_max)
-    if cfg.ancestral and cfg.num_steps:  # num_steps 0 is one token a step, drawn or not
+    if cfg.ancestral and cfg.num_steps:
         rho = min(1.0, (gamma_t - gamma_s + sigma * (1 - gamma_t)) / gamma_t)
         return tuple(torch.binomial(count.double(), torch.full(N.shape, p).double(), g).long()
                      for count, p in ((num_masked, rho), (N - num_masked, sigma)))
@@ -184,7 +185,8 @@ def fill_eos(x, cfg):
 def eos_last(cfg):
     """A Config whose order is that of cfg with positions that look like EOS after all others."""
     score = mdlm.ORDERS[cfg.order]
-    mdlm.ORDERS["eos_last"] = lambda logp, i: score(logp, i) - 100 * (logp.argmax(1) == cfg.eos)
+    lower = 100 + cfg.seq_len  # than the score of any other position, also of l2r
+    mdlm.ORDERS["eos_last"] = lambda logp, i: score(logp, i) - lower * (logp.argmax(1) == cfg.eos)
     try:
         yield dataclasses.replace(cfg, order="eos_last", eos_last=False)
     finally:

@@ -38,7 +38,7 @@ from dit_embed import categorical, filter_logits, position_times, posterior, q_s
 
 @dataclass
 class Config(dit_embed.Config):
-    prediction_type: Literal["logits", "eps", "x0", "v"] = "logits"  # what the network predicts
+    prediction_type: Literal["logits", "eps", "x0", "v"] = "logits"  # logits: with temperature
     loss: Literal["auto", "ce", "mse", "nelbo"] = "auto"  # auto: ce for logits, else mse
     rounding_weight: float = 1.0  # weight of the rounding loss beside mse: keeps embeddings apart
     allow_collapse: bool = False  # let mse train embeddings without it
@@ -78,6 +78,14 @@ class Config(dit_embed.Config):
             out.append("a mean squared error alone is smallest when all embeddings are the same: "
                        "give --rounding-weight 1, or --no-emb-train, or, to see it happen, "
                        "--allow-collapse")
+        if vectors and (self.top_k or self.top_p < 1):
+            out.append(f"--top-k and --top-p cut token logits, --prediction-type "
+                       f"{self.prediction_type} has none")
+        if self.eta and self.sampler != "ddim":
+            out.append("--eta is the noise of --sampler ddim: add that")
+        if self.clamp_to_embedding and self.resolve().sampler == "token":
+            out.append("--clamp-to-embedding moves vectors, --sampler token draws tokens: add "
+                       "--sampler ancestral or ddim")
         for name in ("self_cond", "prefix", "eta"):
             if getattr(self, name) > 1:
                 out.append(f"--{name.replace('_', '-')} is {getattr(self, name)}, more than 1")
@@ -195,7 +203,7 @@ class Model(dit_embed.Model):
 
     def embed(self, z, lam):
         x = 0.0 if self.cfg.input == "raw" else super().embed(z, lam)
-        return x if self.cfg.input == "likelihood" else x + self.raw_in(z)
+        return x if self.cfg.input == "likelihood" else x + self.raw_in(z).float()
 
     def forward(self, z, lam, is_target=None, guess=None):
         cfg, x, ada = self.cfg, self.embed(z, lam), 6 * [0.0]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python lab/figures.py`
@@ -15,7 +14,7 @@ import common
 import mdlm
 from lab.decoding import Config, decode
 from lab.mdlm_variants import Model
-from lab.methods import ENTROPY, results_folder
+from lab.methods import ENTROPY, parse_options, results_folder
 
 
 def save(figure, path, *panels):
@@ -111,7 +110,7 @@ class Options:
 
 
 def main(argv):
-    opt = tyro.cli(Options, args=argv, description=__doc__)
+    opt = parse_options(Options, argv, __doc__)
     cfg = common.load_config(Config, opt.out)
     run, frames = common.Run(cfg), []
     run.out = results_folder(run)

@@ -32,7 +32,9 @@ from data.files import read_log
 from lab.methods import IDEAS, loss, script_of
 from lab.speed import step
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}  # bfloat16
+PEAK = {  # FLOP/s in bfloat16 without sparsity; the first name that fits counts
+    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
+    "L40": 181e12, "4090": 165e12}
 TOY = dict(rows="stream", seq_len=24, n_layer=1, n_head=2, n_embd=32, batch_size=4, warmup=2)
 
 

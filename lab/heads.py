@@ -1,10 +1,11 @@
-"""Every prediction type of dit_embed.py on one budget: the same network, embeddings, noise and
-steps; what differs is what the network predicts (token logits, x0, v, eps), and so its loss. The
-training loss stands beside the bound that it leads to.
+"""Every prediction type of dit_embed.py on one budget: the same network, embeddings, noise, uniform
+times and steps; what differs is what the network predicts (token logits, x0, v, eps), and so its
+loss. The training loss stands beside the bound that it leads to.
 
     python lab/heads.py             writes results/heads.json and heads.png
     python lab/heads.py draw        only the figure
 """
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -30,13 +31,19 @@ RUNS = {  # name: settings; noise window 1 is the usual process
 PARTS = ("prior", "diffusion", "reconstruction")
 
 
+def corrupt(x0, cfg, g):
+    """dit_variants.corrupt with uniform times for all, as in long trainings; short ones of logits
+    have more noise, which is good for them alone."""
+    return dit_variants.corrupt(x0, dataclasses.replace(cfg, steps=4000), g)
+
+
 def run(name, settings):
     """Train one of them and measure its bound in parts: a row for the file."""
     out = Path("out") / ("head_" + name.replace(", ", "_").replace(" ", "_"))
     cfg = dit_variants.Config(
         steps=STEPS, eval_every=100, warmup=50, device="cpu", out=str(out), order="random",
         num_steps=16, sampler="token" if "logits" in name else "ancestral", **settings)
-    model = dit_embed.train(cfg, dit_variants.Model, dit_variants.corrupt, dit_variants.loss_fn,
+    model = dit_embed.train(cfg, dit_variants.Model, corrupt, dit_variants.loss_fn,
                             dit_variants.nelbo, dit_variants.sample)
     x0, _ = dit_embed.get_eval_rows(load_data(cfg, quiet=True).val, cfg, 128)
     with common.Run(cfg).amp:

@@ -24,6 +24,7 @@ import sdd
 from data.prepare import load_data
 from data.units import tokens_of
 from lab import sdd_variants
+from lab.methods import keep, kept
 from lab.metrics import load_judge, measure
 from lab.sdd_variants import Config
 
@@ -68,10 +69,11 @@ def truth_among(model, cfg, x0, g):
 
 def run(name, changed, data, judge):
     """Train one of them, measure and sample it: a row for the file."""
-    out = Path("out") / ("leak_" + "".join(c if c.isalnum() else "_" for c in name))
-    if (out / "row.json").exists():
-        return json.loads((out / "row.json").read_text())
-    cfg = Config(out=str(out), **BUDGET, **changed, resume=(out / "state.pt").exists())
+    cfg = Config(out="out/leak_" + "".join(c if c.isalnum() else "_" for c in name), **BUDGET,
+                 **changed)
+    row, key, cfg.resume = kept(cfg, "sdd", "lab/sdd_variants")
+    if row:
+        return row
     model, row = sdd.train(cfg, *sdd_variants.PARTS), dict(name=name, changed=changed, samples=[])
     x0, g = sdd.get_eval_rows(data.val, cfg, N)[0], torch.Generator().manual_seed(0)
     with common.Run(cfg).amp:
@@ -91,8 +93,7 @@ def run(name, changed, data, judge):
             text = data.tokenizer.decode(tokens_of(x, cfg)[0])[:300]
             row["samples"].append(dict(steps=steps, temperature=temperature, text=text,
                                        **measure(x, cfg, data.tokenizer, judge)))
-    (out / "row.json").write_text(json.dumps(row))
-    return row
+    return keep(cfg, key, row)
 
 
 def draw(made):

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python lab/mdlm_eval.py`
 import common
@@ -25,8 +24,8 @@ from data.units import report, se
 from lab import figures
 from lab.decoding import Config, decode
 from lab.mdlm_variants import Model, get_schedule, mask_independently
-from lab.methods import results_folder
-from lab.metrics import load_judge, measure
+from lab.methods import parse_options, results_folder
+from lab.metrics import judge_of, measure
 
 
 @dataclass
@@ -90,6 +89,7 @@ def infill_masks(x0, cfg, g):
 def evaluate_all(run, model, tokenizer, data, cfg, opt):
     """Write eval.jsonl, integrand.png and quality.png into the run folder."""
     log, n = [], opt.num_samples
+    judge = judge_of(run, opt.judge, data)
 
     def say(kind, **row):
         log.append(dict(kind=kind, **row))
@@ -133,9 +133,6 @@ def evaluate_all(run, model, tokenizer, data, cfg, opt):
             unigram=(x0[:n][mask[:n]] == commonest).float().mean().item(),
             nats_per_token=(bound.sum() / mask.sum().cpu()).item())
     # 5. samples
-    judge = load_judge(opt.judge, run.device, data)
-    if not judge:
-        run.say(f"no generative NLL: there is no run of ar.py in {opt.judge} (--judge)")
     real = measure(x0[:n], cfg, tokenizer, judge)  # as many: diversity depends on it
     say("real", num_samples=n, **real)
     rows = []
@@ -157,7 +154,7 @@ def evaluate_all(run, model, tokenizer, data, cfg, opt):
 
 
 def main(argv):
-    opt = tyro.cli(Options, args=argv, description=__doc__)
+    opt = parse_options(Options, argv, __doc__)
     cfg = common.load_config(Config, opt.out, reads_data=True)
     for name in ("temperature", "remask", "length_first", "top_p"):
         if getattr(opt, name) is not None:

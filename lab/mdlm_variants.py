@@ -93,7 +93,7 @@ def corrupt(x0, cfg, g):
     """As mdlm.corrupt, for every schedule, loss and draw of t: xt and the weight of each token in
     the loss, both (B, T). mean_per_sequence averages each row over its masked tokens, then the rows
     (the bound only if the schedule is linear); mean_per_batch averages all masked tokens (no
-    bound); nelbo has the weight of (E3), the bound for every schedule."""
+    bound); nelbo has the weight of (E3), the bound for every schedule that reaches 1."""
     B, T = x0.shape
     gamma_of, rate_of, inverse = get_schedule(cfg.schedule)
     t = DRAWS[cfg.t_sampler](B, g)
@@ -101,7 +101,8 @@ def corrupt(x0, cfg, g):
     if cfg.exact_count:
         n = (1 + (T * gamma).floor().long()).clamp(max=T)
         xt = mdlm.mask_tokens(x0, n, cfg, g)
-        weight = 1 / (T * (inverse(n / T) - inverse((n - 1) / T)))  # 1 / (T P(n)); linear: 1
+        p = inverse(n / T).clamp(max=1) - inverse((n - 1) / T)  # of n; linear: 1 / T
+        weight = 1 / (T * p)
     else:
         xt = mask_independently(x0, gamma, cfg, g)
         n = (xt != x0).sum(1).cpu()

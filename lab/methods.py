@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,28 @@ IDEAS = {  # in the order of the tables
 COLORS = dict(zip(IDEAS, ("tab:gray", "tab:blue", "tab:orange", "tab:red", "tab:purple",
                           "tab:brown")))
 ENTROPY = dict(ls="--", color="tab:green")  # of the line that shows entropy or real text
+
+
+# ---- command line --------------------------------------------------------------------------------
+MAY_BE_0 = ("seed", "prompt_tokens", "num_items")
+
+
+def parse_options(Options, argv, doc):
+    """The command line of a file of lab/. One UserError about all numbers that cannot work: an int
+    must be at least 1 (0 if it is in MAY_BE_0 or 0 by default), a float at least 0."""
+    opt, bad = tyro.cli(Options, args=argv, description=doc), []
+    for field in dataclasses.fields(opt):
+        value, flag = getattr(opt, field.name), f"--{field.name.replace('_', '-')}"
+        values = [v for v in (value if isinstance(value, tuple) else (value,))
+                  if isinstance(v, (int, float)) and not isinstance(v, bool)]
+        least = int(all(isinstance(v, int) for v in values) and field.default != 0 and
+                    field.name not in MAY_BE_0)
+        bad += [f"{flag} is {v}, it must be at least {least}" for v in values if not v >= least]
+        if field.name == "top_p":
+            bad += [f"{flag} is {v}, more than 1" for v in values if v > 1]
+    if bad:
+        raise common.UserError("; ".join(bad))
+    return opt
 
 
 # ---- one way to call all six ---------------------------------------------------------------------
@@ -64,6 +87,25 @@ def code_of(name):
             body[0].value.value = ""
     tree.body = [node for node in tree.body if getattr(node, "name", "") != "main"]
     return hashlib.sha256(repr(plain(tree)).encode()).hexdigest()[:16]
+
+
+def kept(cfg, *names):
+    """The row that keep() wrote for the run of cfg, or None if there is none or the scripts `names`
+    or cfg were others, the key of such a row, and whether to go on with an interrupted run."""
+    path = Path(f"{cfg.out}.json")
+    key = dict(code={name: code_of(name) for name in names}, config=dataclasses.asdict(cfg))
+    found = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    if found.get("key") != json.loads(json.dumps(key)):
+        found = dict(row=keep(cfg, key, None))
+    return found["row"], key, "key" in found and (Path(cfg.out) / "state.pt").exists()
+
+
+def keep(cfg, key, row):
+    """Write the row of a run beside its folder; returns the row."""
+    path = Path(f"{cfg.out}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(key=key, row=row)))
+    return row
 
 
 def load(name, out):
@@ -143,7 +185,7 @@ class Options:
 
 @torch.no_grad()
 def main(argv):
-    opt = tyro.cli(Options, args=argv, description=__doc__)
+    opt = parse_options(Options, argv, __doc__)
     names = [name for name in IDEAS if common.checkpoint_of(Path(opt.out) / name).exists()]
     if not names:
         raise common.UserError(f"no run of {', '.join(IDEAS)} in {opt.out}: train one, or choose "

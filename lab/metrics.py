@@ -3,19 +3,20 @@ ar.py, diversity.
 
     python lab/metrics.py --samples out/mdlm/samples.txt --judge out/ar
 """
+import dataclasses
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python lab/metrics.py`
 import ar
 import common
 from data.tales import grade
 from data.units import entropy_of, sizes_of, tokens_of
+from lab.methods import parse_options
 
 
 def text_metrics(rows):
@@ -32,18 +33,33 @@ def text_metrics(rows):
 
 def load_judge(out, device, data=None):
     """The run of ar.py in the folder `out` as (model, Config, tokenizer), or None if there is none.
-    Its tokenizer must be that of `data`."""
-    if not common.checkpoint_of(out).exists():
+    It must have the tokenizer of `data`; weights/ar, which no run stands for, is None without."""
+    path = common.checkpoint_of(out)
+    if not path.exists():
         return None
     cfg = common.load_config(ar.Config, out)
-    model, stored = common.load_model(ar.Model, cfg, device, data)
+    try:
+        model, stored = common.load_model(ar.Model, cfg, device, data)
+    except common.UserError:
+        if path.name == "model.safetensors":
+            raise
+        return None
     return model.requires_grad_(False), cfg, stored
+
+
+def judge_of(run, out, data):
+    """load_judge for an evaluation; says so if there is none."""
+    judge = load_judge(out, run.device, data)
+    if not judge:
+        run.say(f"no generative NLL: {out} holds no run of ar.py with the tokenizer "
+                f"{data.tokenizer.name} of these data (--judge)")
+    return judge
 
 
 def generative_nll(x, cfg, judge):
     """Nats per token of the rows x (n, T) under the judge. Repetition lowers it: read it beside the
     entropy."""
-    model, theirs, _ = judge
+    model, theirs = judge[0], dataclasses.replace(judge[1], rows=cfg.rows)  # the same are scored
     rows, ended = tokens_of(x, cfg), x.clone()
     for row, tokens in zip(ended, rows):
         row[len(tokens):] = cfg.eos  # what follows the first EOS is not part of the text
@@ -67,18 +83,25 @@ class Options:
 
 
 def main(argv):
-    opt = tyro.cli(Options, args=argv, description=__doc__)
-    texts = Path(opt.samples).read_text("utf-8").removesuffix("\n").split("\n<|endoftext|>\n")
+    opt = parse_options(Options, argv, __doc__)
+    try:
+        whole = Path(opt.samples).read_text("utf-8")
+    except UnicodeDecodeError:
+        raise common.UserError(f"{opt.samples} is no text: choose a samples.txt") from None
+    texts = whole.removesuffix("\n").split("\n<|endoftext|>\n")
     judge = load_judge(opt.judge, torch.device("cpu"))
     if not judge:
         raise common.UserError(f"no checkpoint in {opt.judge}: train ar.py, or choose another "
                                "--judge")
-    cfg, tokenizer = judge[1:]
-    rows = [tokenizer.encode(text)[:cfg.seq_len] for text in texts]
-    x = torch.tensor([row + [cfg.eos] * (cfg.seq_len - len(row)) for row in rows])
+    _, cfg, tokenizer = judge
+    cfg = dataclasses.replace(cfg, rows="docs")  # a text a row, whatever the judge was trained on
+    rows = [tokenizer.encode(text) for text in texts]
+    if cut := sum(len(row) > cfg.seq_len for row in rows):
+        print(f"{cut} texts are cut to the {cfg.seq_len} tokens of the judge's rows")
+    x = torch.tensor([(row + [cfg.eos] * cfg.seq_len)[:cfg.seq_len] for row in rows])
+    found = measure(x, cfg, tokenizer, judge)
     print(f"{len(rows)} texts, " + ", ".join(
-        f"{key} {value:.3g}" for key, value in measure(x, cfg, tokenizer, judge).items()
-        if value is not None))
+        f"{key} {value:.3g}" for key, value in found.items() if value is not None))
 
 
 if __name__ == "__main__":

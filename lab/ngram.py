@@ -16,13 +16,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python lab/ngram.py`
 import ar
 import common
 from data.prepare import load_data
 from data.units import likelihood, report, tokens_of
+from lab.methods import parse_options
 
 
 class NGram:
@@ -98,6 +98,8 @@ class Options:
     data: str = "tales"  # as --data of the scripts, so for the next two
     tokenizer: str = "bpe"
     vocab_size: int = 0
+    lines: bool = False  # each line of a text file is a document (--split lines of the scripts)
+    seq_len: int = 160  # tokens per row, that of the run to compare with
     split: Literal["test", "val"] = "test"  # what is evaluated; the other one fits the weights
     rows: int = 512  # how many documents or windows of it
     seed: int = 1337  # of the sample
@@ -105,10 +107,9 @@ class Options:
 
 
 def main(argv):
-    opt = tyro.cli(Options, args=argv, description=__doc__)
-    if min(*opt.orders, opt.documents, opt.rows) < 1:
-        raise common.UserError("--orders, --documents and --rows must be at least 1")
-    cfg = ar.Config(data=opt.data, tokenizer=opt.tokenizer, vocab_size=opt.vocab_size)
+    opt = parse_options(Options, argv, __doc__)
+    cfg = ar.Config(data=opt.data, tokenizer=opt.tokenizer, vocab_size=opt.vocab_size,
+                    seq_len=opt.seq_len, split="lines" if opt.lines else "auto")
     data = load_data(cfg)
     ids, offsets, _ = data.train
     index = np.arange(len(offsets) - 1) if cfg.rows == "docs" else np.arange(

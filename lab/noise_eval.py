@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python lab/noise_eval.py`
 import bit_diffusion
@@ -26,8 +25,8 @@ from data.prepare import load_data
 from data.units import report, se
 from lab import bit_variants, dit_variants, figures, sdd_variants
 from lab.mdlm_eval import infill_masks
-from lab.methods import results_folder
-from lab.metrics import load_judge, measure
+from lab.methods import parse_options, results_folder
+from lab.metrics import judge_of, measure
 
 SCRIPTS = dict(dit_embed=(dit_embed, dit_variants, ("token", "ancestral", "ddim")),
                bit_diffusion=(bit_diffusion, bit_variants, ("token", "bit")),
@@ -69,6 +68,7 @@ def predict_at(script, lab, model, x0, t, cfg, g):
 def evaluate_all(run, model, tokenizer, data, cfg, opt):
     """Write eval.jsonl and quality.png into the run folder."""
     (script, lab, samplers), log, n = SCRIPTS[opt.script], [], opt.num_samples
+    judge = judge_of(run, opt.judge, data)
     if getattr(cfg, "prediction_type", "logits") != "logits":  # no probabilities of tokens
         samplers = samplers[1:]
 
@@ -117,13 +117,11 @@ def evaluate_all(run, model, tokenizer, data, cfg, opt):
                 unigram=(x0[:n][mask[:n]] == commonest).float().mean().item(),
                 nats_per_token=(bound.sum() / mask.sum().cpu()).item())
     # 4. samples
-    judge = load_judge(opt.judge, run.device, data)
-    if not judge:
-        run.say(f"no generative NLL: there is no run of ar.py in {opt.judge} (--judge)")
     real = measure(x0[:n], cfg, tokenizer, judge)  # as many: diversity depends on it
     say("real", num_samples=n, **real)
     rows = []
-    for sampler in opt.samplers or samplers:
+    samplers = opt.samplers or samplers
+    for sampler in samplers if likely else samplers[:1]:  # the original process has only one
         for steps in sorted({min(steps, cfg.seq_len) for steps in opt.steps}):
             for seed in range(cfg.seed, cfg.seed + opt.seeds):
                 some = dataclasses.replace(cfg, sampler=sampler, num_steps=steps)
@@ -141,7 +139,7 @@ def evaluate_all(run, model, tokenizer, data, cfg, opt):
 
 
 def main(argv):
-    opt = tyro.cli(Options, args=argv, description=__doc__)
+    opt = parse_options(Options, argv, __doc__)
     opt.out = opt.out or f"out/{opt.script}"
     _, lab, samplers = SCRIPTS[opt.script]
     for name in opt.samplers:
@@ -151,6 +149,9 @@ def main(argv):
     cfg = common.load_config(lab.Config, opt.out, reads_data=True)
     if opt.temperature is not None:
         cfg.temperature = opt.temperature
+    for name in opt.samplers:
+        if bad := dataclasses.replace(cfg, sampler=name).problems():
+            raise common.UserError(f"--samplers {name}: {'; '.join(bad)}")
     run, data = common.Run(cfg), load_data(cfg)
     run.out = results_folder(run)
     model, tokenizer = common.load_model(lab.Model, cfg, run.device, data)

@@ -237,17 +237,18 @@ def scaling(made):
 
 def speed_train(made):
     """Training steps beside nanoGPT's, one thread."""
-    lines, bfloat16 = [], made["train_bfloat16_1"]
-    for name, row in made["train_float32_1"].items():
+    lines, kinds = [], [kind for kind in ("float32", "bfloat16") if f"train_{kind}_1" in made]
+    for name in made["train_float32_1"]:
         label = {"reference": "nanoGPT's step", "ar_compiled": "`ar.py --compile yes`",
                  "mdlm_compiled": "`mdlm.py --compile yes`"}.get(name, f"`{name}.py`")
         start = made.get(f"start_{name}")
-        lines.append([label, *(text for part in (row, bfloat16[name]) for text in (
+        parts = [made[f"train_{kind}_1"][name] for kind in kinds]
+        lines.append([label, *(text for part in parts for text in (
             f"{part['tokens_per_cpu_second']:,.0f}", f"{part['ratio']:.2f}")),
             f"{made[f'memory_{name}']['mib']:,.0f}" if start else "",
             f"{start['first_step']:.1f}" if start else ""])
-    return markdown("script | float32: tokens/s | ratio | bfloat16: tokens/s | ratio | MiB | "
-                    "first step, s", lines)
+    columns = " | ".join(f"{kind}: tokens/s | ratio" for kind in kinds)
+    return markdown(f"script | {columns} | MiB | first step, s", lines)
 
 
 def speed_sample(made):
@@ -268,7 +269,9 @@ def speed_quality(made):
     for name, label, sign in (("ar", "`ar.py`", "="), ("reference", "nanoGPT's step", "="),
                               ("mdlm", "`mdlm.py`", "<="), (
             "mdlm_adamw", "`mdlm.py`, AdamW, no convolutions", "<=")):
-        after = [made[f"quality_{name}_{seconds}"] for seconds in (120, 300)]
+        after = [made.get(f"quality_{name}_{seconds}") for seconds in (120, 300)]
+        if None in after:  # not measured yet
+            continue
         lines.append([label, f"{after[0]['rate']:g}", *(
             f"{sign} {row['nats_per_doc']:.1f} ({row['steps']})" for row in after)])
     return markdown("what | learning rate | 2 minutes | 5 minutes", lines)

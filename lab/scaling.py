@@ -18,7 +18,7 @@ import common
 import fast
 import mdlm
 from data.prepare import load_data
-from lab.methods import ENTROPY
+from lab.methods import ENTROPY, keep, kept
 
 WIDTHS, STEPS = (64, 128, 256), (200, 800)
 TARGET = ROOT / "results/scaling.json"
@@ -27,10 +27,11 @@ TARGET = ROOT / "results/scaling.json"
 def run(script, width, steps):
     """Train one of them and measure it: a row for the file."""
     name = script.__name__
-    out = Path("out") / f"scaling_{name}_{width}_{steps}"
-    if (out / "row.json").exists():
-        return json.loads((out / "row.json").read_text())
-    cfg = script.Config(n_embd=width, steps=steps, eval_every=steps, device="cpu", out=str(out))
+    cfg = script.Config(n_embd=width, steps=steps, eval_every=steps, device="cpu",
+                        out=f"out/scaling_{name}_{width}_{steps}")
+    row, key, cfg.resume = kept(cfg, name)
+    if row:
+        return row
     model = script.train(cfg)
     with common.Run(cfg).amp:
         row = script.evaluate(model, load_data(cfg), cfg)
@@ -40,8 +41,7 @@ def run(script, width, steps):
                parameters=sum(p.numel() for p in model.parameters()),
                nats_per_story=row["nats_per_doc"], se=row["se"],
                entropy_per_doc=row["entropy_per_doc"])
-    (out / "row.json").write_text(json.dumps(row))
-    return row
+    return keep(cfg, key, row)
 
 
 def draw(rows):

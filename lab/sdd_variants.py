@@ -51,6 +51,9 @@ class Config(sdd.Config):
                        "state would count twice: use exact")
         if self.process == "original" and (self.prompt or self.infill or self.guidance):
             bad.append("--process original takes no --prompt, --infill or --guidance")
+        if self.process == "original" and (self.top_k or self.top_p < 1):
+            bad.append("--process original draws from all k candidates: leave --top-k and --top-p "
+                       "out")
         return bad
 
 

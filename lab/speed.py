@@ -367,7 +367,8 @@ def main(argv):
     about = dict(command=" ".join(["python lab/speed.py", *argv]), seed=0, torch=torch.__version__,
                  machine=fast.machine(torch.device("cpu")), threads=torch.get_num_threads(),
                  bfloat16=AUTO == "bfloat16")
-    out = json.loads(TARGET.read_text()) if argv else about
+    old = json.loads(TARGET.read_text()) if TARGET.exists() else {}
+    out = old if argv else about | {k: v for k, v in old.items() if "quality" in k}
     for name, part in PARTS.items():
         if name in argv or not argv and name != "quality":
             begun = time.perf_counter()

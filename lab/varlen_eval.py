@@ -18,7 +18,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python lab/varlen_eval.py`
@@ -28,8 +27,8 @@ import diffugpt_varlen as script
 from data.prepare import load_data
 from data.units import report, se, tokens_of
 from lab import figures
-from lab.methods import results_folder
-from lab.metrics import load_judge, measure
+from lab.methods import parse_options, results_folder
+from lab.metrics import judge_of, measure
 from lab.varlen_variants import Config, Model, length_dist, sample
 
 MODES = ("fixed", "truncate", "quantile", "blockwise", "presampled")
@@ -162,12 +161,17 @@ def sample_and_count(model, cfg, n, seed, device):
     def on_step(nfe, x):
         is_text = (x != cfg.eos) & (x != cfg.vocab_size)
         wrong.logical_or_((is_text & ((x == cfg.eos).cumsum(1) > 0)).any(1).cpu())
-    hook = model.register_forward_pre_hook(
-        lambda model, inputs: processed.append(inputs[0].numel() + len(inputs[0])))
+    name = "hidden_states" if hasattr(model, "hidden_states") else "forward"
+    compute = getattr(model, name)  # hidden_states are all that a length head needs
+
+    def counted(idx, *args, **kw):
+        processed.append(idx.numel() + len(idx))
+        return compute(idx, *args, **kw)
+    setattr(model, name, counted)
     canvas, start = torch.full((n, cfg.seq_len), cfg.vocab_size, device=device), time.time()
     x, nfe = sample(model, canvas, cfg, torch.Generator().manual_seed(seed), on_step)
     seconds, num_tokens = time.time() - start, sum(map(len, tokens_of(x, cfg)))
-    hook.remove()
+    delattr(model, name)
     return x, dict(nfe=nfe, tokens_processed=sum(processed),
                    processed_per_sample=sum(processed) / n, seconds=seconds,
                    tok_s=num_tokens / seconds, contradictions=wrong.float().mean().item())
@@ -177,6 +181,7 @@ def sample_and_count(model, cfg, n, seed, device):
 def evaluate_all(run, model, tokenizer, data, cfg, opt):
     """Write eval.jsonl, length.png and quality.png into the run folder."""
     log, n = [], opt.num_samples
+    judge = judge_of(run, opt.judge, data)
 
     def say(kind, **row):
         log.append(dict(kind=kind, **row))
@@ -202,9 +207,6 @@ def evaluate_all(run, model, tokenizer, data, cfg, opt):
             say(kind, **row)
         plot_lengths(run.out, rows)
     # 3. samples
-    judge = load_judge(opt.judge, run.device, data)
-    if not judge:
-        run.say(f"no generative NLL: there is no run of ar.py in {opt.judge} (--judge)")
     real = measure(x0, cfg, tokenizer, judge)  # as many: diversity depends on it
     say("real", num_samples=n, **real)
     rows = []
@@ -213,7 +215,8 @@ def evaluate_all(run, model, tokenizer, data, cfg, opt):
             for seed in range(cfg.seed, cfg.seed + opt.seeds):
                 some = dataclasses.replace(cfg, length_mode=mode, num_steps=-(-cfg.seq_len // k))
                 x, cost = sample_and_count(model, some, n, seed, run.device)
-                rows.append(dict(length_mode=mode, tokens_per_step=k, num_steps=some.num_steps,
+                rows.append(dict(length_mode=mode, num_steps=some.num_steps,
+                                 tokens_per_step=-(-cfg.seq_len // some.num_steps),
                                  seed=seed, num_samples=n, order=cfg.order,
                                  temperature=cfg.temperature, **cost,
                                  **measure(x, cfg, tokenizer, judge)))
@@ -225,7 +228,7 @@ def evaluate_all(run, model, tokenizer, data, cfg, opt):
 
 
 def main(argv):
-    opt = tyro.cli(Options, args=argv, description=__doc__)
+    opt = parse_options(Options, argv, __doc__)
     cfg = common.load_config(Config, opt.out, reads_data=True)
     if cfg.pipeline == "arm":
         raise common.UserError(f"{opt.out} holds a causal parent: evaluate it with "

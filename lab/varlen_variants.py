@@ -51,7 +51,9 @@ class Config(script.Config):
                 self.tail_share + self.eos_share <= 1,
             "--freeze trains the length head alone: add --head hazard or pointer":
                 not self.freeze or self.head != "marginal",
-            "--repetition-penalty must be more than 0": self.repetition_penalty > 0}
+            "--repetition-penalty must be more than 0": self.repetition_penalty > 0,
+            "--max-new-tokens continues a --prompt: leave --infill out":
+                not (self.max_new_tokens and self.infill)}
         return super().problems() + [text for text, holds in rules.items() if not holds]
 
 

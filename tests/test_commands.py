@@ -207,7 +207,8 @@ def test_every_feature_works_at_tiny_size(command, home, capsys, monkeypatch, tm
     elif argv[:1] in (["sample"], ["eval"]):
         argv += ["--num-samples", "2"]
     elif "variants" in name or "/" not in path:  # train
-        argv = ["--num-steps", "8", *argv, "--data", str(home / "small.txt"), *FLAGS] + (
+        argv = ["--num-steps", "8", *argv, "--data", str(home / "small.txt"), *FLAGS,
+                "--dtype", "bfloat16"] + (
             [] if "--out" in argv else ["--out", str(tmp_path / "run")]) + (
             ["--parent-steps", "2"] if "varlen" in name else [])
     importlib.import_module(path.removesuffix(".py").replace("/", ".")).main(argv)
@@ -254,6 +255,54 @@ def test_the_suite_writes_its_rows_and_figures(home, capsys):
         "--steps", 4, "--num-samples", 4, "--rows", 20)
 
 
+def test_a_judge_of_another_tokenizer_is_refused_at_once_and_the_shipped_one_left_out(
+        home, capsys, monkeypatch):
+    monkeypatch.chdir(home.parent.parent)  # without a folder out/ar: weights/ar would judge
+    flags = ["--out", home / "mdlm", "--orders", "l2r", "--steps", 4, "--num-samples", 4, "--rows",
+             8]
+    assert "no generative NLL: out/ar holds no run" in said("mdlm_eval", capsys, *flags)
+    small_text(home / "other.txt", seed=1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        ar.main(["--data", str(home / "other.txt"), *FLAGS, "--tokenizer", "char", "--out",
+                 str(home / "other")])
+    with pytest.raises(common.UserError, match="another tokenizer"):
+        said("mdlm_eval", capsys, *flags, "--judge", home / "other")
+
+
+def test_text_metrics_are_of_the_texts_whatever_the_judge_read(home, capsys, tmp_path):
+    """A judge of windows scores no filling; what is longer than its rows is cut, and that is said;
+    what is no text is refused."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        ar.main(["--data", str(home / "small.txt"), "--rows", "stream", *FLAGS, "--out",
+                 str(home / "windows")])
+    path, long = tmp_path / "texts", "ab" * 40
+    path.write_text(f"the cat\n<|endoftext|>\na dog.\n<|endoftext|>\n{long}\n")
+    model, cfg, tok = metrics.load_judge(home / "windows", torch.device("cpu"))
+    ids = [tok.encode(text)[:64] for text in ("the cat", "a dog.", long)]
+    x = torch.tensor([(row + [cfg.eos] * 64)[:64] for row in ids])
+    nll = ar.nll(model, x, ar.Config(**{**vars(cfg), "rows": "docs"})).sum() / (8 + 7 + 64)
+    shown = said("metrics", capsys, "--samples", path, "--judge", home / "windows")
+    assert f"gen_nll {nll:.3g}, length {77 / 3:.3g}," in shown and "1 texts are cut to" in shown
+    path.write_bytes(bytes(range(256)))
+    with pytest.raises(common.UserError, match="is no text"):
+        said("metrics", capsys, "--samples", path, "--judge", home / "windows")
+
+
+@pytest.mark.parametrize("name, flags, sentence", [
+    ("mdlm_eval", "--rows 0", "--rows is 0, it must be at least 1"),
+    ("mdlm_eval", "--steps 4 0", "--steps is 0"), ("mdlm_eval", "--seeds 0", "--seeds is 0"),
+    ("mdlm_eval", "--temperature -1", "--temperature is -1.0, it must be at least 0"),
+    ("mdlm_eval", "--temperature nan", "--temperature is nan"),
+    ("mdlm_eval", "--top-p 2", "--top-p is 2.0, more than 1"),
+    ("noise_eval", "--num-samples 0", "--num-samples is 0"),
+    ("varlen_eval", "--tokens-per-step 0", "--tokens-per-step is 0"),
+    ("methods", "--rows 0", "--rows is 0"), ("ngram", "--orders 0", "--orders is 0"),
+    ("benchmarks", "cloze:x --num-items -1", "--num-items is -1, it must be at least 0")])
+def test_numbers_that_cannot_work_are_refused(name, flags, sentence, home):
+    with pytest.raises(common.UserError, match=re.escape(sentence)):
+        LAB[name].main([*flags.split(), *["--out", str(home / "mdlm")] * (name != "ngram")])
+
+
 def test_the_original_process_shows_a_leak_and_no_likelihood(home, capsys, tmp_path):
     shown = said("sdd_variants", capsys, "--data", home / "small.txt", *FLAGS, "--process",
                  "original", "--out", tmp_path / "run")
@@ -261,12 +310,21 @@ def test_the_original_process_shows_a_leak_and_no_likelihood(home, capsys, tmp_p
     assert "copy" in shown and not any("nats" in key for row in rows for key in row)
     with pytest.raises(common.UserError):
         sdd_variants.main(["sample", "--out", str(tmp_path / "run"), "--prompt", "a"])
+    said("noise_eval", capsys, "--out", tmp_path / "run", "--steps", 4, "--num-samples", 2)
+    rows = [json.loads(line) for line in (tmp_path / "run/eval.jsonl").read_text().splitlines()]
+    assert [row["sampler"] for row in rows if row["kind"] == "samples"] == ["token"]
 
 
 @pytest.mark.parametrize("name, flags, sentence", [
     ("dit_variants", "--prediction-type eps --loss ce", "--prediction-type"),
     ("dit_variants", "--prediction-type x0 --rounding-weight 0", "embeddings are the same"),
     ("dit_variants", "--eta 2", "--eta is 2.0"),
+    ("dit_variants", "--eta 0.5", "add that"),
+    ("dit_variants", "--clamp-to-embedding", "--sampler token draws tokens"),
+    ("dit_variants", "--prediction-type v --top-k 3", "--prediction-type v has none"),
+    ("sdd_variants", "--process original --top-p 0.5", "leave --top-k and --top-p out"),
+    ("varlen_variants", "--max-new-tokens 3 --infill a___", "leave --infill out"),
+    ("ar_extra", "--repetition-penalty 0", "must be more than 0"),
     ("bit_variants", "--num-mixture 2", "--head bit"),
     ("bit_variants", "--head bit --num-mixture 3", "must be a power of 2"),
     ("bit_variants", "--head bit --top-k 5", "--top-k and --top-p"),

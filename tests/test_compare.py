@@ -122,9 +122,28 @@ def test_a_comparison_that_is_there_is_not_made_again(quick, monkeypatch):
         monkeypatch.setattr(importlib.import_module(name), "main", never)
     compare.main(["--budget", "quick"])
     assert (quick / "out/compare/quick/compare.jsonl").read_text() == before
+    with monkeypatch.context() as patch:  # another judge: its likelihoods are others
+        patch.setattr(compare, "weights_of", lambda out: "other")
+        patch.setattr(compare, "load", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            compare.main(["--budget", "quick"])
     monkeypatch.setattr(compare, "code_of", lambda name: "other")  # another version of the scripts
     with pytest.raises(AssertionError, match="trained again"):
         compare.main(["--budget", "quick", "--only", "mdlm"])
+
+
+def test_a_row_is_kept_only_for_the_same_script_and_settings(tmp_path, monkeypatch):
+    cfg = mdlm.Config(out=str(tmp_path / "out/x"))
+    row, key, resume = methods.kept(cfg, "mdlm")
+    assert (row, resume) == (None, False)
+    (tmp_path / "out/x").mkdir()
+    (tmp_path / "out/x/state.pt").touch()  # interrupted
+    assert methods.kept(cfg, "mdlm") == (None, key, True)
+    assert methods.keep(cfg, key, dict(a=1)) == dict(a=1) == methods.kept(cfg, "mdlm")[0]
+    assert methods.kept(dataclasses.replace(cfg, lr=0.5), "mdlm")[::2] == (None, False)
+    methods.keep(cfg, key, dict(a=1))
+    monkeypatch.setattr(methods, "code_of", lambda name: "other")
+    assert methods.kept(cfg, "mdlm")[::2] == (None, False)
 
 
 def test_an_interrupted_run_is_resumed_to_the_same_numbers(quick, monkeypatch):
@@ -287,7 +306,8 @@ def test_a_fingerprint_is_the_same_in_every_version_of_python():
     x = ["Name", ["id", "x"], ["ctx", ["Load"]]]
     assert methods.plain(ast.parse("def f(x):\n    return x, None, 0, f'{x}'")) == [
         "Module", ["body", [[
-            "FunctionDef", ["name", "f"], ["args", ["arguments", ["args", [["arg", ["arg", "x"]]]]]],
+            "FunctionDef", ["name", "f"],
+            ["args", ["arguments", ["args", [["arg", ["arg", "x"]]]]]],
             ["body", [["Return", ["value", ["Tuple", ["elts", [
                 x, ["Constant"], ["Constant", ["value", 0]],
                 ["JoinedStr", ["values", [["FormattedValue", ["value", x], ["conversion", -1]]]]]

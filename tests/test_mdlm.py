@@ -228,6 +228,20 @@ def test_the_weighted_loss_is_the_bound_per_token_for_every_schedule(name, exact
             assert abs(mean - bound) > 1e-3 + 5 * se
 
 
+@pytest.mark.parametrize("name", SCHEDULES + ("power0.5", "mdlm-loglinear"))
+def test_the_weight_of_n_masks_is_one_over_t_times_its_probability(name):
+    """(E4) by a million times on a grid; of mdlm-loglinear also that of all T masks."""
+    T, gamma_of = 10, get_schedule(name)[0]
+    n = 1 + (T * gamma_of((torch.arange(10 ** 6, dtype=torch.float64) + 0.5) / 10 ** 6)).floor()
+    p = n.long().clamp(max=T).bincount(minlength=T + 1) / 1e6
+    cfg = config(seq_len=T, loss="nelbo", schedule=name, steps=10)
+    xt, weight = mdlm_variants.corrupt(torch.zeros(3000, T).long(), cfg, generator(0))
+    n = (xt != 0).sum(1)
+    assert set(n.tolist()) == set(range(1, T + 1))
+    assert torch.allclose(weight.sum(1).double() * 3000 * T * p[n], torch.ones(3000).double(),
+                          atol=1e-3)
+
+
 # ---- the network
 
 

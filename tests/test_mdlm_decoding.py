@@ -9,7 +9,7 @@ import torch.nn as nn
 from scipy import stats
 
 import common
-from lab.decoding import Cached, Guided, decode
+from lab.decoding import Cached, Guided, decode, step_counts
 from lab.mdlm_eval import infill_masks
 from lab.mdlm_variants import Model
 from tables import (MaskTable, all_rows, ancestral, chi_square, confidence, distribution,
@@ -343,6 +343,28 @@ def test_positions_that_look_like_the_end_are_unmasked_last():
     for flag in (False, True):
         counts = draw(model, config(order="maxprob", eos_last=flag, eos=EOS))[0]
         assert chi_square(counts, want[flag]) > 1e-3 and chi_square(counts, want[not flag]) < 1e-6
+
+
+def test_the_end_is_last_also_from_left_to_right():
+    """At column 0 of 160, all tokens but it are unmasked before."""
+    seen, cfg = [], config(seq_len=160, order="l2r", eos_last=True, eos=1, num_steps=0)
+
+    def model(x, is_target):
+        at = is_target.nonzero()[:, 1]
+        return torch.nn.functional.one_hot((at == 0).long(), 3) * 20.0
+    decode(model, torch.full((1, 160), 3), cfg, generator(0),
+                    lambda nfe, x: seen.append((x != 3)[0].nonzero()[:, 0].tolist()))
+    assert seen[0] == [1] and seen[-2] == [*range(1, 160)] and seen[-1] == [*range(160)]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "maskgit", "mdlm-loglinear"])
+def test_no_number_of_steps_is_one_token_a_step(schedule):
+    cfg, left, N = config(num_steps=0, sampling_schedule=schedule), [160], torch.tensor([160])
+    for k in range(160):
+        unmask, _ = step_counts(torch.tensor(left[-1:]), N, 1 - k / 160, 1 - (k + 1) / 160,
+                                         cfg, generator(0))
+        left.append(left[-1] - unmask.item())
+    assert left == [*range(160, -1, -1)]
 
 
 # ---- infilling

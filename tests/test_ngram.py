@@ -90,6 +90,16 @@ def test_the_rows_of_a_script_are_evaluated_and_written(tmp_path, monkeypatch, c
     assert found["val"] == pytest.approx(nats) and found["val"] != found["test"]
 
 
+def test_lines_and_rows_of_another_length_are_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TEXT_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "names.txt").write_text("".join(f"{a}{b}n{c}\n" for a in "abcdefgh"
+                                                for b in "aeiou" for c in "aeiou") * 9)
+    ngram.main(["--data", str(tmp_path / "names.txt"), "--lines", "--tokenizer", "char", "--orders",
+                "2", "--seq-len", "24", "--rows", "5", "--out", str(tmp_path / "made.json")])
+    made = json.loads((tmp_path / "made.json").read_text())
+    assert made["config"]["lines"] and 0 < made["orders"]["2"]["nats_per_token"] < 2
+
+
 def test_samples_of_an_ngram_obey_it():
     model, *_ = toy(2)
     x = model.sample(6000, 2, torch.Generator().manual_seed(0))

@@ -78,6 +78,13 @@ def test_parts_add_up_and_ratios_are_those_of_the_times():
         assert {row["seed"] for row in made["rows"]} == set(made["seeds"])
 
 
+def test_tables_of_speed_do_without_what_this_machine_has_not_measured():
+    made = {k: v for k, v in load("speed").items() if "bfloat16_" not in k and "quality" not in k}
+    assert "bfloat16" not in results_page.speed_train(made)
+    assert "bfloat16: tokens/s" in results_page.speed_train(load("speed"))
+    assert "ar.py" not in results_page.speed_quality(made)
+
+
 def test_the_tokenizer_of_the_results_is_the_one_in_the_repository():
     from data.prepare import load_tokenizer
     stored = load_tokenizer(ROOT / "data" / "tales_bpe.json").fingerprint

@@ -47,7 +47,10 @@ def test_parts_that_are_named_leave_the_others_as_they_were(tmp_path, monkeypatc
     monkeypatch.setattr(speed, "TARGET", tmp_path / "speed.json")
     monkeypatch.setattr(speed, "PARTS", dict(a=lambda: dict(x=1), b=lambda: dict(y=next(count))))
     count = iter(range(9))
+    speed.TARGET.write_text(json.dumps(dict(quality_ar_120=7, made_quality=8, z=9)))
     speed.main([])
+    made = json.loads((tmp_path / "speed.json").read_text())  # what takes longest is kept
+    assert (made["quality_ar_120"], made["made_quality"], "z" in made) == (7, 8, False)
     speed.main(["b"])
     made = json.loads((tmp_path / "speed.json").read_text())
     assert (made["x"], made["y"], made["command"]) == (1, 1, "python lab/speed.py")

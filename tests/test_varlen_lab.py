@@ -225,6 +225,10 @@ def test_what_samples_cost_is_counted():
     tokens = torch.tensor([0, 0, EOS, 0, 0, 0])
     text = Script(lambda idx, live: 99.0 * F.one_hot(tokens, 4).expand(len(idx), -1, -1))
     assert suite.sample_and_count(text, cfg, 8, 1, "cpu")[1]["contradictions"] == 1
+    for head in ("marginal", "hazard"):  # the evaluation that gives the length counts
+        cfg = config(length_mode="presampled", num_steps=1, head=head)
+        _, cost = suite.sample_and_count(network(cfg), cfg, 8, 1, "cpu")
+        assert cost["nfe"] == 2 and 8 * (T + 1) < cost["tokens_processed"] <= 16 * (T + 1)
 
 
 @pytest.mark.parametrize("changed,said", [
