@@ -1,6 +1,7 @@
 """What all scripts share and no method needs: command line, run folder, checkpoints, samples."""
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import itertools
 import json
@@ -8,7 +9,6 @@ import os
 import re
 import signal
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from data.files import UserError, read_log, replace, run_main, show_help  # noqa: F401
+from data.files import UserError, read_log, replace, run_main, show_help, usable  # noqa: F401
 from data.prepare import Tokenizer, refuse_unknown
 from data.tales import grade
 from data.units import entropy_of, report, tokens_of
@@ -29,7 +29,8 @@ from fast import machine, pick_device, pick_dtype
 ROOT = Path(__file__).resolve().parent
 for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(name, "256")  # else oneDNN keeps 1024 kernels for bfloat16: 4 GB
-CHECKPOINT_KEYS = ("preset", "vocab_size", "seq_len", "rows", "n_layer", "n_head", "n_embd")
+CHECKPOINT_KEYS = ("preset", "vocab_size", "seq_len", "rows", "n_layer", "n_head", "n_embd", "eos",
+                   "bos")
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -41,7 +42,7 @@ def parse(Config, presets, argv):
         raise UserError(f"unknown command '{command}': choose train, sample or eval")
     # --out and --preset are needed before all flags are parsed
     flags = dict(itertools.pairwise(part for word in argv for part in word.split("=", 1)))
-    stored = command != "train" or "--resume" in argv
+    stored = (command != "train" or "--resume" in argv) and not {"-h", "--help"} & {*argv}
     default = Config(**presets.get(flags.get("--preset", Config.preset), {}))
     if stored:
         default = load_config(Config, flags.get("--out", Config.out),
@@ -74,8 +75,9 @@ def check(cfg, stored):
             bad.append(f"leave out {flag}: the checkpoint has {getattr(stored, field.name)}")
     if cfg.n_embd % (2 * max(1, cfg.n_head)):
         bad.append(f"--n-embd {cfg.n_embd} must be a multiple of 2 x n_head = {2 * cfg.n_head}")
-    if cfg.top_p > 1 or cfg.ema >= 1:
-        bad.append(f"--top-p ({cfg.top_p}) must be at most 1 and --ema ({cfg.ema}) less than 1")
+    if cfg.top_p > 1 or cfg.ema >= 1 or 0 < cfg.temperature < 1e-6:
+        bad.append(f"--top-p ({cfg.top_p}) must be at most 1, --ema ({cfg.ema}) less than 1 and "
+                   f"--temperature ({cfg.temperature}) 0 or at least 1e-6")
     if bad:
         raise UserError("; ".join(bad))
 
@@ -91,8 +93,9 @@ class Run:
         self.device, self.writers, self.exits = pick_device(cfg.device), [], contextlib.ExitStack()
         self.dtype = pick_dtype(cfg.dtype, self.device)
         self.amp = torch.autocast(self.device.type, torch.bfloat16, self.dtype == "bfloat16")
-        if cfg.batch_size < self.world:
-            raise UserError(f"--batch-size must be at least {self.world}, a row for each process")
+        if cfg.batch_size < self.world or not self.out.name:
+            raise UserError(f"--batch-size must be at least {self.world}, a row for each process, "
+                            "and --out a folder of its own")
 
     def __enter__(self):
         if self.world > 1:
@@ -118,13 +121,19 @@ class Run:
         rows of the log that it will write again. From here on Ctrl-C saves before it stops."""
         for number in (signal.SIGINT, signal.SIGTERM):
             self.exits.callback(signal.signal, number, signal.signal(number, self.stop))
-        self.clock = time.time()
+        self.clock = time.perf_counter()
+        encode_canvas(data.tokenizer, self.cfg, 1)  # a wrong prompt should not cost a training
         if self.rank:
             return
+        for package in ("tensorboard", "wandb"):
+            if package in self.cfg.log and not importlib.util.find_spec(package):
+                raise UserError(f"--log {self.cfg.log} needs `pip install {package}`")
         if self.cfg.resume:
             rows = [row for row in read_log(self.out) if row["step"] < step or
                     row["kind"] == "train" and row["step"] == step]
             self.seconds = max((row.get("seconds", 0) for row in rows), default=0)
+            if any(row.get("data", data.fingerprint) != data.fingerprint for row in rows):
+                self.say("the data have changed: val may hold what was trained on before")
             replace(self.out / "log.jsonl", lambda file: file.writelines(
                 (json.dumps(row) + "\n").encode() for row in rows))
         elif (self.out / "log.jsonl").exists():
@@ -132,21 +141,18 @@ class Run:
             self.out.rename(f"{self.out}.{k}")
             self.say(f"{self.out} held an older run, which is in {self.out}.{k} now")
         self.out.mkdir(exist_ok=True)
-        try:
-            if "tensorboard" in self.cfg.log:
-                from torch.utils.tensorboard import SummaryWriter
-                self.writers.append(SummaryWriter(str(self.out)).add_scalar)
-            if "wandb" in self.cfg.log:
-                import wandb
-                wandb.init(project="text-diffusion", name=self.out.name, config=vars(self.cfg))
-                self.writers.append(lambda key, value, step: wandb.log({key: value}, step))
-        except ImportError as error:
-            raise UserError(f"--log {self.cfg.log} needs `pip install {error.name}`") from None
+        if "tensorboard" in self.cfg.log:
+            from torch.utils.tensorboard import SummaryWriter
+            self.writers.append(SummaryWriter(str(self.out)).add_scalar)
+        if "wandb" in self.cfg.log:
+            import wandb
+            wandb.init(project="text-diffusion", name=self.out.name, config=vars(self.cfg))
+            self.writers.append(lambda key, value, step: wandb.log({key: value}, step))
         size = sum(p.numel() for p in model.parameters())
         self.log("config", step, command=" ".join(sys.argv), config=dataclasses.asdict(self.cfg),
-                 parameters=size, tokenizer=data.tokenizer.fingerprint, torch=torch.__version__,
-                 machine=machine(self.device), device=str(self.device), processes=self.world,
-                 dtype=self.dtype, threads=torch.get_num_threads())
+                 parameters=size, tokenizer=data.tokenizer.fingerprint, data=data.fingerprint,
+                 torch=torch.__version__, machine=machine(self.device), device=str(self.device),
+                 processes=self.world, dtype=self.dtype, threads=torch.get_num_threads())
         self.say(f"{size / 1e6:.2f}M parameters, {self.device} {self.dtype}, {self.out}; to beat: "
                  f"the unigram entropy, {data.unigram_entropy:.3f} nats/token")
         self.bar = self.exits.enter_context(tqdm(  # disable=None: only on a terminal
@@ -191,7 +197,7 @@ class Run:
 
     def log_step(self, step, batch_tokens, loss, **row):
         """Log an optimizer step and all tokens until it; seconds are those of training alone."""
-        took, self.clock = time.time() - self.clock, time.time()
+        took, self.clock = time.perf_counter() - self.clock, time.perf_counter()
         self.seconds += took
         speed = batch_tokens / took
         self.log("train", step, tokens=step * batch_tokens, loss=loss, **row, tok_s=speed,
@@ -210,7 +216,7 @@ class Run:
                 row = evaluate()
             self.log("val", step, **row)
             self.say(f"step {step:5}: {report(row)}")
-        self.clock = time.time()
+        self.clock = time.perf_counter()
 
     def save(self, step, tokenizer, model, ema, optimizers, g):
         """model.safetensors: the averaged weights, the Config and the tokenizer, all that sampling
@@ -223,7 +229,7 @@ class Run:
             state = dict(step=step, tokenizer=tokenizer.fingerprint, g=g.get_state(),
                          parts=[part.state_dict() for part in (model, ema, *optimizers)])
             replace(self.out / "state.pt", lambda file: torch.save(state, file))
-        self.clock = time.time()
+        self.clock = time.perf_counter()
 
     def resume(self, tokenizer, model, ema, optimizers, g):
         """Put back what save() wrote; returns the step."""
@@ -235,16 +241,6 @@ class Run:
                 part.load_state_dict(stored)
             g.set_state(state["g"].cpu())
         return state["step"]
-
-
-@contextlib.contextmanager
-def usable(path):
-    """Turn every error inside the block into a UserError that names the file `path`."""
-    try:
-        yield path
-    except Exception as error:  # torch and safetensors have many ways to say it
-        raise UserError(f"{path} is missing, broken or of other settings: train first, or choose "
-                        f"another --out ({textwrap.shorten(str(error), 160)})") from None
 
 
 def checkpoint_of(out):
@@ -333,7 +329,7 @@ def plot_loss(out):
     from matplotlib.figure import Figure
     axes = (figure := Figure(layout="constrained")).subplots()
     for kind, key in (("train", "loss"), ("val", "nats_per_token")):
-        rows = [row for row in read_log(out) if row["kind"] == kind]
+        rows = [row for row in read_log(out) if row["kind"] == kind and key in row]
         axes.plot([row["step"] for row in rows], [row[key] for row in rows], label=f"{kind} {key}")
     axes.set(xlabel="step", ylabel="nats (unit of the loss: see loss_fn)", yscale="log")
     axes.legend()

@@ -72,6 +72,8 @@ def speed_up(model, cfg, device):
     """Compile the blocks for --compile yes and, with a C++ compiler, for auto in long runs; not the
     head, whose input has another length at every step. Else, on CPUs, use a faster RMSNorm."""
     able = device.type != "mps" and any(map(shutil.which, ("g++", "clang++", "cl")))
+    if cfg.compile == "yes" and device.type == "cpu" and not able:
+        raise UserError("--compile yes needs a C++ compiler (g++, clang++ or cl): install one")
     if cfg.compile == "yes" or cfg.compile == "auto" and able and cfg.steps >= 5000:
         torch._dynamo.config.suppress_errors = cfg.compile == "auto"  # what fails runs uncompiled
         warnings.filterwarnings("ignore", ".*code generation for complex operators")  # rotate()

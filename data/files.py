@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 
@@ -16,6 +17,7 @@ def run_main(main):
     """Call main(argv). A UserError, a file that cannot be used and a full memory are one sentence
     on stderr and exit code 2, Ctrl-C is exit code 130; what is a fault of ours keeps its traceback.
     """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by the shell
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a letter shows "?"
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
@@ -68,10 +70,21 @@ def replace(path, write):
             error, "strerror", "it was not written whole"), str(path)) from None
 
 
+@contextlib.contextmanager
+def usable(path):
+    """Turn every error inside the block into a UserError that names the file `path`."""
+    try:
+        yield path
+    except Exception as error:  # torch and safetensors have many ways to say it
+        raise UserError(f"{path} is missing, broken or of other settings: train first, or choose "
+                        f"another --out ({textwrap.shorten(str(error), 160)})") from None
+
+
 def read_log(out):
     """The rows of the log.jsonl in folder `out`; a line that a crash has cut off is left out."""
     path, rows = Path(out) / "log.jsonl", []
     for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and {"kind", "step"} <= row.keys()]
+    return [row for row in rows if isinstance(row, dict) and "kind" in row and
+            isinstance(row.get("step"), int)]

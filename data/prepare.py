@@ -153,6 +153,8 @@ class Tokenizer:
             import tokenizers
             self.bpe = tokenizers.Tokenizer.from_str(json.dumps(spec["tokenizer"]))
             self.bpe.encode_special_tokens = True   # "[SEP]" in a text must not end its document
+            model = spec["tokenizer"]["model"]
+            self.unk = model.get("unk_id", self.bpe.token_to_id(model.get("unk_token") or ""))
             self.bpe.no_truncation()
             self.bpe.no_padding()
         elif self.kind != "byte":
@@ -161,6 +163,11 @@ class Tokenizer:
 
     def encode(self, text):
         """The ids of a text, never a special one, whatever the text spells."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # bytes of the command line that are none of its code
+            raise UserError(f"{text!r} is not text: set a UTF-8 terminal, as LC_ALL=C.UTF-8 "
+                            "does") from None
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts):
@@ -176,7 +183,15 @@ class Tokenizer:
                 return [*map(self._gpt2_ids, texts)]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 return [*pool.map(self._gpt2_ids, texts)]
-        return [e.ids for e in self.bpe.encode_batch_fast(texts, add_special_tokens=False)]
+        with hint(f"the tokenizer {self.name} cannot encode this text", "take another"):
+            rows = [e.ids for e in self.bpe.encode_batch_fast(texts, add_special_tokens=False)]
+        special = {self.eos, self.bos, self.pad} - {self.unk}   # pieces of some vocabularies
+        if all(map(special.isdisjoint, rows)):
+            return rows
+        if self.unk is None:
+            raise UserError(f"the text spells a special token of the tokenizer {self.name}, which "
+                            "has no token for what it does not know: change it, or take another")
+        return [[self.unk if i in special else i for i in ids] for ids in rows]
 
     def _gpt2_ids(self, text):
         """A long white space, on which tiktoken's pattern fills the stack, is one piece, less a
@@ -222,7 +237,7 @@ class Tokenizer:
         ids, *holes = re.split(r" *___(\d*)", text)
         ids = self.encode(ids)
         for count, rest in zip(holes[::2], holes[1::2]):
-            ids += [mask] * int(count or 1) + self.encode(rest)
+            ids += [mask] * min(int(count[:9] or 1), 1 << 20) + self.encode(rest)
         return ids
 
     def decode_masked(self, ids):
@@ -251,7 +266,8 @@ def natural_vocab(tokenizer, vocab_size):
     low, high, natural = sizes.get(tokenizer, (0, 0, 0))
     if vocab_size and not low <= vocab_size <= high:
         raise UserError(f"--vocab-size {vocab_size} does not suit the tokenizer {tokenizer}: "
-                        + (f"choose {low} to {high}" if low < high else "leave it out"))
+                        + (f"choose {low} to {high}" if low < high else "leave it out, or take the "
+                           "tokenizer of the checkpoint"))
     return vocab_size or natural
 
 
@@ -338,6 +354,12 @@ def _hf(spec):
             _online()
         from tokenizers import Tokenizer as Fast
         tok = Fast.from_file(str(file)) if file else _run(lambda _: Fast.from_pretrained(name))
+    spec_of = json.loads(tok.to_str())
+    model = spec_of["model"]
+    if model["type"] == "BPE" and not (model.get("unk_token") or model.get("byte_fallback") or
+                                       "ByteLevel" in json.dumps(spec_of["pre_tokenizer"])):
+        raise UserError(f"the tokenizer {name} drops the characters that it does not know: take "
+                        "one with an unknown token or with bytes")
     vocab = tok.get_vocab(with_added_tokens=True)
     n = max(vocab.values()) + 1
 
@@ -349,14 +371,18 @@ def _hf(spec):
                         "[SEP]: take another")
     return Tokenizer({"kind": "hf", "name": spec, "vocab_size": n, "eos": eos,
                       "bos": find("<s> [CLS] <bos> <|begin_of_text|>", eos),
-                      "pad": find("[PAD] <pad>", n), "tokenizer": json.loads(tok.to_str())})
+                      "pad": find("[PAD] <pad>", n), "tokenizer": spec_of})
 
 
 def _hf_file(spec):
     """The local file of a tokenizer hf:PATH, else None."""
     path = Path(os.path.expanduser(spec.removeprefix("hf:")))
     if spec.startswith("hf:") and path.exists():
-        return path / "tokenizer.json" if path.is_dir() else path
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if spec == "hf:" or not file.exists():
+            raise UserError(f"--tokenizer {spec} names no tokenizer.json: give hf:NAME of the hub, "
+                            "or hf:PATH of that file or its folder")
+        return file
 
 
 # ---- sources -----------------------------------------------------------------------------------
@@ -387,7 +413,7 @@ def find_source(name, max_docs=0, split="auto"):
         return _tales(max_docs)
     if name in HUB:
         return _hub(name, max_docs)
-    path = Path(os.path.expanduser(name)).resolve()
+    path = Path(os.path.realpath(os.path.expanduser(name)))     # resolve() fails in a circle
     if not name or not path.exists():
         raise UserError(f"{name!r} is neither a file or folder nor one of the names tales, "
                         f"{', '.join(HUB)}: check it")
@@ -516,14 +542,14 @@ def _local(name, path, max_docs, split):
 
 def _saved(name, path):
     """{split: its files} of a folder that `datasets.save_to_disk` wrote, else {}."""
+    of_dict, of_split = ((path / file).read_text("utf-8") if (path / file).exists() else None
+                         for file in ("dataset_dict.json", "state.json"))
     with hint(f"cannot read {name}", "save the dataset again"):
-        if (path / "dataset_dict.json").exists():
-            names = json.loads((path / "dataset_dict.json").read_text())["splits"]
-            return {k: _saved(name, path / k)[""] for k in names}
-        if (path / "state.json").exists():
-            state = json.loads((path / "state.json").read_text())
-            if "_data_files" in state:
-                return {"": [path / f["filename"] for f in state["_data_files"]]}
+        if of_dict:
+            return {k: _saved(name, path / k)[""] for k in json.loads(of_dict)["splits"]}
+        state = json.loads(of_split or "{}")
+        if "_data_files" in state:
+            return {"": [path / f["filename"] for f in state["_data_files"]]}
         return {}
 
 
@@ -609,7 +635,8 @@ def _jsonl(path):
 def _text(row, where):
     if isinstance(row, dict):
         strings = [v for v in row.values() if isinstance(v, str)]
-        text = row["text"] or "" if "text" in row else strings[0] if len(strings) == 1 else None
+        text = row["text"] if "text" in row else strings[0] if len(strings) == 1 else None
+        text = "" if text is None and "text" in row else text
         if isinstance(text, str):
             return text
     raise UserError(f"{where} has no text: it needs a string field `text`, or a single string")
@@ -647,8 +674,10 @@ def _hub(name, max_docs):
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)   # the sentence of hint is enough
         return datasets.load_dataset(repository, config, streaming=stream)
     advice = (f"run `python data/prepare.py {name}` on a machine with a network and copy its "
-              f"data/cache or HF_HOME folder, or download {repository} from huggingface.co and "
-              "give its path in place of the name")
+              "data/cache or HF_HOME folder")
+    if not group:   # whose files hold lines, no articles
+        advice += (f", or download {repository} from huggingface.co and give its path in place of "
+                   "the name")
     return Source(name, [HUB[name], max_docs], rule + "; the hub's splits if it has validation, "
                   "else by hash", lambda: _rows(load, max_docs, name, advice, group),
                   max_docs or None)
@@ -704,7 +733,8 @@ def prepare(name="tales", tokenizer="bpe", vocab_size=0, max_docs=0, cache=None,
         source = find_source(str(name), max_docs, split)
         stored = (source.name, tokenizer, vocab_size) == ("tales", "bpe", 2048)
         file = TALES_BPE if stored else _hf_file(tokenizer)
-        key = [FORMAT, source.key, tokenizer, vocab_size, file and sha(file.read_bytes())]
+        form = FORMAT + tokenizer.startswith("hf:")     # special tokens of vocabularies are unknown
+        key = [form, source.key, tokenizer, vocab_size, file and sha(file.read_bytes())]
         size = f"-{vocab_size}" if tokenizer in ("bpe", "gpt2") else ""
         parts = [Path(source.name).resolve().stem, tokenizer + size, f"{max_docs or 'all'}"]
         parts = [re.sub(r"[^A-Za-z0-9._-]+", "_", part)[-40:] for part in parts]
@@ -919,8 +949,8 @@ def _cuts(source):
         raise UserError(f"{source.name} is empty: give a source that has text")
     if len(hashes) < 3:
         raise UserError(f"{source.name} has {len(hashes)} different document(s), and train, val "
-                        f"and test need one each: give more text, or divide it by {END}, or a .txt "
-                        "by --split lines")
+                        f"and test need one each: give more text or --max-docs, or divide it by "
+                        f"{END}, or a .txt by --split lines")
     n, hashes = max(1, len(hashes) // 50), sorted(hashes)
     return hashes[n], hashes[2 * n]
 
@@ -997,6 +1027,7 @@ class Data:
     val: tuple
     test: tuple
     unigram_entropy: float      # of val, nats per token
+    fingerprint: str    # of the documents and their split
 
 
 def load_data(cfg, quiet=False):
@@ -1013,8 +1044,9 @@ def load_data(cfg, quiet=False):
             setattr(cfg, name, getattr(tok, name))
     if cfg.rows == "auto":
         cfg.rows = "docs" if cfg.data == "tales" else "stream"
+    tokens = "".join(meta["splits"][split]["sha256"] for split in SPLITS)
     data = Data(tok, *(open_split(folder, split) for split in SPLITS),
-                meta["splits"]["val"]["unigram_entropy"])
+                meta["splits"]["val"]["unigram_entropy"], sha(tokens.encode())[:16])
     for split, name in ("train", "training"), ("val", "val"), ("test", "test"):
         n = len(getattr(data, split)[0])
         if cfg.rows == "stream" and n < cfg.seq_len + (split == "train"):

@@ -411,8 +411,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:                       # python data/tales.py | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # `python data/tales.py`
+    from data.files import run_main
+    run_main(main)

@@ -134,9 +134,8 @@ def evaluate(model, items, cfg, tokenizer):
 def main(argv):
     opt = parse_options(Options, argv, __doc__)
     kind, _, path = opt.benchmark.partition(":")
-    if kind not in KEYS or not path or opt.num_items < 0:
-        raise UserError(f"{opt.benchmark} --num-items {opt.num_items} cannot be: write cloze:FILE, "
-                        "choice:FILE or infill:FILE, and 0 for all items")
+    if kind not in KEYS or not path:
+        raise UserError(f"{opt.benchmark} cannot be: write cloze:FILE, choice:FILE or infill:FILE")
     cfg = common.load_config(Config, opt.out)
     run = common.Run(cfg)
     run.out = results_folder(run)

@@ -282,6 +282,8 @@ def test_a_text_with_holes_becomes_a_canvas(infill, rows, want):
     ("--batch-size 0", "--batch-size is 0, it must be at least 1"),
     ("--warmup 0", "--warmup is 0, it must be at least 1"),
     ("--lr nan", "--lr is nan, it must be at least 0"),
+    ("--temperature 1e-40", "--temperature (1e-40) 0 or at least 1e-6"),
+    ("--out .", "--out a folder of its own"), ("--prompt " + "x" * 40, "has 40 tokens, a row has"),
     ("--top-p 1.5", "--top-p (1.5) must be at most 1"), ("--ema 1", "--ema (1.0) less than 1"),
     ("--seed 1" + "0" * 30, "less than 2^31"), ("--top-k -1", "--top-k is -1"),
     ("--batch-size 0 --seq-len 0 --n-embd 30 --lr -1", "--seq-len is 0, it must be at least 1 and "
@@ -323,6 +325,9 @@ def test_a_mistake_is_one_sentence_exit_code_2_and_no_folder(name, flags, senten
     ("sample --prompt a --infill a___", "begin --infill with that"),
     ("sample --infill x", "--infill needs a hole, ___"),
     ("sample --infill ___99", "has 99 tokens, a row has room for 31"),
+    ("sample --infill ___" + "9" * 5000, "tokens, a row has room for 31"),
+    ("sample --eos 9", "leave out --eos: the checkpoint has 256"),
+    ("sample --prompt caf\udce9", "set a UTF-8 terminal"),
 ], ids=lambda text: text[:24])
 def test_a_mistake_with_a_finished_run_leaves_it_alone(name, flags, sentence, straight, cli):
     before = contents(straight / name)
@@ -546,7 +551,35 @@ def test_the_error_of_nats_per_token_is_that_of_a_ratio():
     assert mean == pytest.approx(spread, rel=0.25)
 
 
+def test_help_needs_no_checkpoint_and_a_run_no_terminal(cli, tmp_path, monkeypatch):
+    code, said, _ = cli("mdlm", "sample", "--out", tmp_path / "none", "--help")
+    assert code == 0 and "--num-samples" in said
+    monkeypatch.setattr(sys, "stdout", None)  # >&-
+    common.run_main(lambda argv: print("nobody reads this"))
+
+
+def test_a_log_that_somebody_edited_is_read_as_far_as_it_makes_sense(straight, tmp_path):
+    shutil.copy(straight / "ar/log.jsonl", tmp_path)
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"kind": "train", "step": "9", "loss": 1}\n{"kind": "train", "step": 9}\n[]\n')
+    assert [row["step"] for row in common.read_log(tmp_path)][-2:] == [STEPS, 9]
+    common.plot_loss(tmp_path)
+    assert (tmp_path / "loss.png").exists()
+
+
 # ---- stopping and resuming -----------------------------------------------------------------------
+
+def test_a_resumed_run_says_that_its_data_have_changed(home, quick, cli, tmp_path):
+    small_text(tmp_path / "text.txt", n=150)
+    flags = ["--data", tmp_path / "text.txt", "--out", tmp_path / "run"]
+    assert cli("ar", *line("ar", home, tmp_path / "run", *flags))[0] == 0
+    code, said, _ = cli("ar", "--resume", "--out", tmp_path / "run", "--steps", STEPS + 1)
+    assert code == 0 and "the data have changed" not in said
+    small_text(tmp_path / "text.txt", n=160)
+    code, said, _ = cli("ar", "--resume", "--out", tmp_path / "run", "--steps", STEPS + 2)
+    assert code == 0 and "the data have changed: val may hold what was trained on" in said
+
+
 
 @each
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
@@ -863,7 +896,7 @@ def test_a_compiled_model_has_the_losses_of_a_plain_one(home, straight, quick, t
 
 
 @pytest.mark.parametrize("compile, steps, compiler, device, compiled", [
-    ("yes", 1, None, "cpu", True), ("no", 5000, "g++", "cpu", False),
+    ("yes", 1, "g++", "cpu", True), ("no", 5000, "g++", "cpu", False),
     ("auto", 5000, "g++", "cpu", True), ("auto", 4999, "g++", "cpu", False),
     ("auto", 5000, None, "cpu", False), ("auto", 5000, "clang++", "cuda", True),
     ("auto", 5000, "g++", "mps", False)])
@@ -875,14 +908,18 @@ def test_long_runs_are_compiled_where_a_compiler_is(compile, steps, compiler, de
     fast.speed_up(model, cfg, torch.device(device))
     assert (model.blocks[0]._compiled_call_impl is not None) == compiled
     assert (type(model.norm) is fast.FastRMSNorm) == (device == "cpu" and not compiled)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(common.UserError, match="--compile yes needs a C.. compiler"):
+        fast.speed_up(model, ar.Config(compile="yes"), torch.device("cpu"))
 
 
 def test_tensorboard_and_wandb_receive_every_number_of_the_log(home, quick, tmp_path, monkeypatch):
     heard = []
     board = SimpleNamespace(SummaryWriter=lambda folder: SimpleNamespace(
         add_scalar=lambda name, value, step: heard.append((name, value, step))))
-    bias = SimpleNamespace(init=lambda **kw: heard.append(kw["config"]["seed"]),
+    bias = SimpleNamespace(__spec__=1, init=lambda **kw: heard.append(kw["config"]["seed"]),
                            log=lambda row, step: heard.extend((*kv, step) for kv in row.items()))
+    monkeypatch.setitem(sys.modules, "tensorboard", SimpleNamespace(__spec__=1))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     monkeypatch.setitem(sys.modules, "wandb", bias)
     ar.train(config("ar", home, tmp_path / "run", steps=2, log="tensorboard,wandb"))
@@ -896,8 +933,11 @@ def test_a_logger_that_is_not_installed_is_named_with_its_pip_command(name, home
                                                                       monkeypatch):
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").write_text("older\n")  # stays where it is
     code, _, err = cli("ar", *line("ar", home, tmp_path / "run", "--log", name))
     assert f"--log {name} needs `pip install {name}`" in one_sentence(code, err)
+    assert (tmp_path / "run/log.jsonl").read_text() == "older\n" and not [*tmp_path.glob("*.1")]
 
 
 @pytest.mark.parametrize("hardware", [True, False])

@@ -238,6 +238,39 @@ def test_hub_tokenizer_from_a_local_file(tmp_path, stories, cache):
     assert P.prepare(stories[0], spec, max_docs=60, cache=cache, quiet=True) != folder
 
 
+def word_level(folder, words):
+    """A tokenizer whose vocabulary holds its special tokens as ordinary words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    vocab = {word: i for i, word in enumerate(words.split())}
+    tok = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder.mkdir()
+    tok.save(str(folder / "tokenizer.json"))
+    return P.get_tokenizer(f"hf:{folder}")
+
+
+def test_a_text_that_spells_a_special_token_has_none(tmp_path):
+    tok = word_level(tmp_path / "a", "</s> <s> <pad> <unk> the cat sat")
+    assert (tok.eos, tok.bos, tok.pad) == (0, 1, 2)
+    assert tok.encode_batch(["the </s> cat <s>", "<pad> sat"]) == [[4, 3, 5, 3], [3, 6]]
+    tok = word_level(tmp_path / "b", "</s> the cat")  # nothing to put in its place
+    assert tok.encode("the cat") == [1, 2]
+    for text, said in (("the </s> cat", "spells a special token"), ("a dog", "cannot encode")):
+        with pytest.raises(UserError, match=said):
+            tok.encode(text)
+
+
+def test_a_tokenizer_that_drops_characters_is_refused(tmp_path):
+    from tokenizers import Tokenizer, models
+    for folder, model in (("a", models.BPE({"</s>": 0, "a": 1}, [])),
+                          ("b", models.BPE({"</s>": 0, "a": 1, "?": 2}, [], unk_token="?"))):
+        (tmp_path / folder).mkdir()
+        Tokenizer(model).save(str(tmp_path / folder / "tokenizer.json"))
+    with pytest.raises(UserError, match="drops the characters that it does not know"):
+        P.get_tokenizer(f"hf:{tmp_path}/a")
+    assert P.get_tokenizer(f"hf:{tmp_path}/b").encode("aé") == [1, 2]
+
+
 def test_ids_above_65535_are_stored_in_32_bits(tmp_path, stories, cache):
     from tokenizers import Tokenizer, models, pre_tokenizers
     words = {w for i in range(1500) for w in sentence(i).split()}
@@ -594,13 +627,15 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(tmp_path, cache, capsys,
              "latin.txt": b"x" * 1_500_000 + "é".encode() + b"caf\xe9 au lait",
              "cut.txt": b"ab\xc3", "short.txt": b"only one document",
              "field.jsonl": b'{"text": "a"}\n\n{"a": "b", "c": "d"}\n', "list.jsonl": b"[1, 2]\n",
-             "number.jsonl": b'{"text": 3}', "torn.parquet": b"PAR1 nothing", "table.csv": b"a,b",
+             "number.jsonl": b'{"text": 3}', "false.jsonl": b'{"text": false}',
+             "torn.parquet": b"PAR1 nothing", "table.csv": b"a,b",
              "words.json": b"{}", "file": b"a file where the cache should be"}
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     (tmp_path / "folder").mkdir()
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "a.txt").symlink_to("nowhere")
+    (tmp_path / "circle").symlink_to("circle")
     cases = [
         ("@links", ["links/a.txt is no file or a link to nothing"]), ("~no.one/a.txt", ["~no.one"]),
         ("@missing.txt", ["missing.txt", "tinystories", "wikitext2", "openwebtext", "fineweb"]),
@@ -613,6 +648,10 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(tmp_path, cache, capsys,
         ("@field.jsonl", ["line 3 of", "field.jsonl has no text"]),
         ("@list.jsonl", ["line 1 of", "list.jsonl has no text"]),
         ("@number.jsonl", ["line 1 of", "number.jsonl has no text"]),
+        ("@false.jsonl", ["line 1 of", "false.jsonl has no text"]),
+        ("@circle", ["neither a file or folder"]),
+        ("@good.txt --tokenizer hf:", ["names no tokenizer.json"]),
+        ("@good.txt --tokenizer hf:@folder", ["names no tokenizer.json"]),
         ("@torn.parquet", ["cannot read", "torn.parquet"]),
         ("@good.txt --vocab-size 256", ["--vocab-size 256", "257"]),
         ("@good.txt --tokenizer gpt2 --vocab-size 50258", ["50258", "50257"]),

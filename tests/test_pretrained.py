@@ -419,7 +419,7 @@ def test_benchmarks_of_a_run(home, capsys, tmp_path):
     assert re.search(r"infill oracle: \d\.\d{3} of 2, 95 %: 0\.\d{3} to \d\.\d{3}", shown)
     for words, sentence in (
             ("lambada", "write cloze:FILE"), ("cloze:", "write cloze:FILE"),
-            ("cloze:x --num-items -1", "0 for all items"), ("cloze:none", "cannot read"),
+            ("cloze:x --num-items -1", "at least 0"), ("cloze:none", "cannot read"),
             ("infill:x", "causal and cannot infill")):
         with pytest.raises(UserError, match=sentence):
             benchmarks.main(f"{words} --out {home}/arm".split())
