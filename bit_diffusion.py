@@ -85,7 +85,7 @@ class Config:
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "A ___ and ___3.": fill one token and three; then the text ends
     trace: bool = False  # print the trajectory of the first sample
-    num_steps: int = 64  # denoising steps; the length costs one evaluation more; 0 = one a token
+    num_steps: int = 64  # denoising steps; the length costs one evaluation more; 0: one a position
     order: Literal["random", "l2r", "maxprob"] = "maxprob"  # which position is denoised first
     length_first: bool = True  # draw the length of a document first, then its tokens
     temperature: float = 0.3  # below 1: safer, less varied; 0: most likely by context
@@ -95,7 +95,8 @@ class Config:
     eos: int = 0  # end of document
 
     def problems(self):
-        return [] if 0 < self.noise_window <= 1 else ["--noise-window must be in (0, 1]"]
+        ok = 0.001 <= self.noise_window <= 1  # less: few draws of the bound fall inside
+        return [] if ok else ["--noise-window must be in [0.001, 1]"]
 
 
 PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256, lr=2e-3),

@@ -88,7 +88,8 @@ class Run:
     of several; only rank 0 writes. Training enters it as a context, which locks the folder."""
 
     def __init__(self, cfg):
-        self.cfg, self.out, self.stopped, self.seconds = cfg, Path(cfg.out), False, 0.0
+        self.cfg, self.out, self.stopped = cfg, Path(cfg.out), False
+        self.seconds, self.tokens = 0.0, 0  # of training until now
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device, self.writers, self.exits = pick_device(cfg.device), [], contextlib.ExitStack()
         self.dtype = pick_dtype(cfg.dtype, self.device)
@@ -131,7 +132,8 @@ class Run:
         if self.cfg.resume:
             rows = [row for row in read_log(self.out) if row["step"] < step or
                     row["kind"] == "train" and row["step"] == step]
-            self.seconds = max((row.get("seconds", 0) for row in rows), default=0)
+            self.seconds, self.tokens = (max((row.get(key, 0) for row in rows), default=0)
+                                         for key in ("seconds", "tokens"))
             if any(row.get("data", data.fingerprint) != data.fingerprint for row in rows):
                 self.say("the data have changed: val may hold what was trained on before")
             replace(self.out / "log.jsonl", lambda file: file.writelines(
@@ -200,7 +202,8 @@ class Run:
         took, self.clock = time.perf_counter() - self.clock, time.perf_counter()
         self.seconds += took
         speed = batch_tokens / took
-        self.log("train", step, tokens=step * batch_tokens, loss=loss, **row, tok_s=speed,
+        self.tokens += batch_tokens
+        self.log("train", step, tokens=self.tokens, loss=loss, **row, tok_s=speed,
                  seconds=self.seconds)
         if self.rank == 0:
             text = f"loss {loss:.3f}, {speed:,.0f} tokens/s"
@@ -306,7 +309,8 @@ def show_samples(run, sample, model, tokenizer, cfg, step=None):
     with run.amp:
         x, nfe = sample(model, canvas, cfg, g,
                         on_step=lambda nfe, x: frames.append((nfe, x[0].tolist())))
-    for k in sorted({round(k * (len(frames) - 1) / 5) for k in range(6)} if cfg.trace else []):
+    for k in sorted({round(k * (len(frames) - 1) / 5) for k in range(6)}
+                    if cfg.trace and frames else []):
         text = " ".join(tokenizer.decode_masked(frames[k][1]).split())  # masks print as blocks
         run.say(f"{frames[k][0]:5}  {text[:92]}{' ...' if len(text) > 92 else ''}")
     rows = tokens_of(x, cfg)

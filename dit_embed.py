@@ -84,7 +84,7 @@ class Config:
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "A ___ and ___3.": fill one token and three; then the text ends
     trace: bool = False  # print the trajectory of the first sample
-    num_steps: int = 64  # one NFE each, one for the end, one for the length; 0 = one a token
+    num_steps: int = 64  # one NFE each, one for the end, one for the length; 0 = one a position
     order: Literal["random", "l2r", "maxprob"] = "maxprob"  # which position is denoised first
     length_first: bool = True  # draw the length of a document first, then its tokens
     temperature: float = 0.5  # below 1: safer, less varied; 0: most likely by context
@@ -96,7 +96,10 @@ class Config:
     checkpoint_keys = ("emb_dim", "logsnr_above", "logsnr_below")  # what a checkpoint fixes
 
     def problems(self):
-        return [] if 0 < self.noise_window <= 1 else ["--noise-window must be in (0, 1]"]
+        span = self.logsnr_above + self.logsnr_below
+        rules = {"--noise-window must be in [0.001, 1]": 0.001 <= self.noise_window <= 1,
+                 f"--logsnr-above plus --logsnr-below is {span}, not in (0, 40]": 0 < span <= 40}
+        return [text for text, holds in rules.items() if not holds]
 
 
 PRESETS = dict(tiny={}, small=dict(n_layer=8, n_head=8, n_embd=512, seq_len=256, lr=2e-3),
@@ -262,12 +265,12 @@ class Model(nn.Module):
 
     def forward(self, z, lam, is_target=None):
         levels, index = lam.unique(return_inverse=True)  # each level is embedded once
-        noise = self.embed_noise(levels)  # (number of levels, C); 0.1 below slows AdamW
-        x = self.embed(z, lam) + F.embedding(index, 0.1 * self.noise_head(noise))
+        noise = self.embed_noise(levels)  # (levels, C); below: 0.1 slows AdamW, float32 sums well
+        x = self.embed(z, lam) + F.embedding(index, 0.1 * self.noise_head(noise).float())
         x = x + self.wpe.weight[:x.shape[1]]
         positions = torch.arange(x.shape[1], device=z.device)
         for k, (block, head) in enumerate(zip(self.blocks, self.ada_heads), 1):
-            ada = F.embedding(index, 0.1 * head(noise)).chunk(6, 2)
+            ada = F.embedding(index, 0.1 * head(noise).float()).chunk(6, 2)
             x = block(x, positions, ada, is_target if k == len(self.blocks) else None)
         x = self.norm(x)
         if is_target is not None:

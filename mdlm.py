@@ -78,7 +78,7 @@ class Config:
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "A ___ and ___3.": fill one token and three; then the text ends
     trace: bool = False  # print the trajectory of the first sample
-    num_steps: int = 32  # denoising steps; the length costs one evaluation more; 0 = one a token
+    num_steps: int = 32  # denoising steps, 0: as many as masks; the length costs one NFE more
     order: Literal["random", "l2r", "maxprob", "margin", "entropy"] = "maxprob"  # unmasked first
     remask: Literal["none", "random", "conf"] = "conf"  # (E6); conf: improbable ones more often
     length_first: bool = True  # draw the length of a document first, then its tokens

@@ -86,7 +86,7 @@ class Config:
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "A ___ and ___3.": fill one token and three; then the text ends
     trace: bool = False  # print the trajectory of the first sample
-    num_steps: int = 32  # denoising steps; the length costs one evaluation more; 0 = one a token
+    num_steps: int = 32  # denoising steps; the length costs one evaluation more; 0: one a position
     sampler: Literal["token", "ancestral", "deterministic"] = "deterministic"  # reverse step (E7)
     order: Literal["random", "l2r", "maxprob"] = "maxprob"  # which position is denoised first
     remask: Literal["none", "conf"] = "conf"  # redraw clean tokens, improbable ones more often
@@ -98,7 +98,8 @@ class Config:
     eos: int = 0  # end of document
 
     def problems(self):
-        bad = [] if 0 < self.noise_window <= 1 else ["--noise-window must be in (0, 1]"]
+        ok = 0.001 <= self.noise_window <= 1  # less: few draws of the bound fall inside
+        bad = [] if ok else ["--noise-window must be in [0.001, 1]"]
         if self.remask == "conf" and self.order != "maxprob":
             bad.append("--remask conf needs --order maxprob: add --remask none")
         return bad

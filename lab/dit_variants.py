@@ -212,13 +212,13 @@ class Model(dit_embed.Model):
         if cfg.cond != "none":
             levels, index = lam.unique(return_inverse=True)
             noise = self.embed_noise(levels)
-            x = x + F.embedding(index, 0.1 * self.noise_head(noise))
+            x = x + F.embedding(index, 0.1 * self.noise_head(noise).float())
         if cfg.pos != "rotary":
             x = x + self.wpe.weight[:x.shape[1]]
         positions = torch.arange(x.shape[1], device=z.device) * (cfg.pos != "learned")
         for k, block in enumerate(self.blocks):
             if cfg.cond == "adaln":
-                ada = F.embedding(index, 0.1 * self.ada_heads[k](noise)).chunk(6, 2)
+                ada = F.embedding(index, 0.1 * self.ada_heads[k](noise).float()).chunk(6, 2)
             x = block(x, positions, ada)
         x = self.norm(x)
         if is_target is not None:

@@ -338,8 +338,10 @@ def test_a_mistake_with_a_finished_run_leaves_it_alone(name, flags, sentence, st
 
 
 @pytest.mark.parametrize("name, flags, sentence", [
-    *((name, f"--noise-window {w}", "--noise-window must be in (0, 1]")
-      for name in ("dit_embed", "bit_diffusion", "sdd") for w in (0, 1.5)),
+    *((name, f"--noise-window {w}", "--noise-window must be in [0.001, 1]")
+      for name in ("dit_embed", "bit_diffusion", "sdd") for w in (0, 1e-8, 1.5)),
+    *(("dit_embed", f"--logsnr-above {a} --logsnr-below {b}", "not in (0, 40]")
+      for a, b in ((0, 0), (100, 3))),
     ("dit_embed", "sample --emb-dim 8", "leave out --emb-dim: the checkpoint has 16"),
     ("dit_embed", "--resume --logsnr-above 2", "leave out --logsnr-above: the checkpoint has 3.0"),
     ("sdd", "sample --order random", "--remask conf needs --order maxprob: add --remask none"),
@@ -558,6 +560,15 @@ def test_help_needs_no_checkpoint_and_a_run_no_terminal(cli, tmp_path, monkeypat
     common.run_main(lambda argv: print("nobody reads this"))
 
 
+def test_a_trace_without_a_step_is_empty(capsys, tmp_path):
+    """A drawn length may be that of the prompt."""
+    cfg = mdlm.Config(trace=True, num_samples=1, prompt="a b", out=str(tmp_path / "none"),
+                      vocab_size=257, data="x")
+    common.show_samples(common.Run(cfg), lambda model, x, cfg, g, on_step: (x.clamp(max=98), 1),
+                        None, prepare.get_tokenizer("byte"), cfg)
+    assert "a b" in capsys.readouterr().out
+
+
 def test_a_log_that_somebody_edited_is_read_as_far_as_it_makes_sense(straight, tmp_path):
     shutil.copy(straight / "ar/log.jsonl", tmp_path)
     with open(tmp_path / "log.jsonl", "a") as file:
@@ -573,8 +584,10 @@ def test_a_resumed_run_says_that_its_data_have_changed(home, quick, cli, tmp_pat
     small_text(tmp_path / "text.txt", n=150)
     flags = ["--data", tmp_path / "text.txt", "--out", tmp_path / "run"]
     assert cli("ar", *line("ar", home, tmp_path / "run", *flags))[0] == 0
-    code, said, _ = cli("ar", "--resume", "--out", tmp_path / "run", "--steps", STEPS + 1)
+    code, said, _ = cli("ar", "--resume", "--out", tmp_path / "run", "--steps", STEPS + 1,
+                        "--batch-size", 2)
     assert code == 0 and "the data have changed" not in said
+    assert log(tmp_path / "run", "train")[-1]["tokens"] == (4 * STEPS + 2) * 32  # all of them
     small_text(tmp_path / "text.txt", n=160)
     code, said, _ = cli("ar", "--resume", "--out", tmp_path / "run", "--steps", STEPS + 2)
     assert code == 0 and "the data have changed: val may hold what was trained on" in said

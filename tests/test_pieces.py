@@ -335,6 +335,22 @@ def test_rows_with_everything_or_nothing_masked_give_finite_gradients(script, ch
 
 
 @ALL
+def test_gradients_in_bfloat16_are_those_of_float32(script):
+    """Of as many positions as in training: sums over all of them must not stop to grow."""
+    cfg, found = config(script, seq_len=160), []
+    model, x0 = network(script, cfg), torch.randint(11, (16, 160), generator=generator(1))
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss, = losses(script, model, x0, cfg, generator(2))
+        loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()
+                      if p.grad is not None})
+    for name, grad in found[0].items():
+        assert (found[1][name] - grad).norm() < 0.1 * grad.norm() + 1e-6, name
+
+
+@ALL
 def test_bfloat16_autocast_stays_close_to_float32(script):
     """Loss, likelihood and logits; the loss itself is float32."""
     cfg = config(script)
