@@ -112,14 +112,13 @@ class Cached:
 def step_counts(num_masked, N, t, s, cfg, g):
     """As mdlm.step_counts, along the rates of --sampling-schedule, with --remask-eta, or drawn from
     the binomials of (E5) and (E6)."""
-    schedule = cfg.sampling_schedule if cfg.num_steps else "linear"  # 0: one token a step
-    gamma_of = get_schedule(schedule)[0]
+    gamma_of = get_schedule(cfg.sampling_schedule)[0]
     gamma_t, gamma_s = gamma_of(torch.tensor([t, s], dtype=torch.float64)).tolist()
     remasks = gamma_t < 1 and cfg.remask != "none"
     sigma_max = min(1.0, gamma_s / (1 - gamma_t)) if remasks else 0.0
     rescale, eta = cfg.remask_rule == "rescale", cfg.remask_eta
     sigma = eta * sigma_max if rescale else min(eta, sigma_max)
-    if cfg.ancestral and cfg.num_steps:
+    if cfg.ancestral and cfg.num_steps:  # num_steps 0 is one token a step, drawn or not
         rho = min(1.0, (gamma_t - gamma_s + sigma * (1 - gamma_t)) / gamma_t)
         return tuple(torch.binomial(count.double(), torch.full(N.shape, p).double(), g).long()
                      for count, p in ((num_masked, rho), (N - num_masked, sigma)))
@@ -199,6 +198,8 @@ def decode(model, x, cfg, g, on_step=lambda nfe, x: None):
     if cfg.eos_last:
         with eos_last(cfg) as cfg:
             return decode(model, x, cfg, g, on_step)
+    if not cfg.num_steps:  # one token a step, which no other schedule takes
+        cfg = dataclasses.replace(cfg, sampling_schedule="linear")
     M, nfe, more = cfg.vocab_size, 0, max(0, cfg.length - x.shape[1])
     x = torch.cat((x, torch.full((len(x), more), M, device=x.device)), 1)
     if cfg.length and ((x != M) & (x != cfg.eos))[:, cfg.length:].any():

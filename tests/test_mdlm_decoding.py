@@ -9,7 +9,7 @@ import torch.nn as nn
 from scipy import stats
 
 import common
-from lab.decoding import Cached, Guided, decode, step_counts
+from lab.decoding import Cached, Guided, decode
 from lab.mdlm_eval import infill_masks
 from lab.mdlm_variants import Model
 from tables import (MaskTable, all_rows, ancestral, chi_square, confidence, distribution,
@@ -359,12 +359,11 @@ def test_the_end_is_last_also_from_left_to_right():
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "maskgit", "mdlm-loglinear"])
 def test_no_number_of_steps_is_one_token_a_step(schedule):
-    cfg, left, N = config(num_steps=0, sampling_schedule=schedule), [160], torch.tensor([160])
-    for k in range(160):
-        unmask, _ = step_counts(torch.tensor(left[-1:]), N, 1 - k / 160, 1 - (k + 1) / 160,
-                                         cfg, generator(0))
-        left.append(left[-1] - unmask.item())
-    assert left == [*range(160, -1, -1)]
+    left, cfg = [160], config(seq_len=160, num_steps=0, sampling_schedule=schedule)
+    _, nfe = decode(lambda x, is_target: torch.zeros(int(is_target.sum()), 3),
+                    torch.full((1, 160), 3), cfg, generator(0),
+                    lambda nfe, x: left.append((x == 3).sum().item()))
+    assert left == [*range(160, -1, -1)] and nfe == 160
 
 
 # ---- infilling
