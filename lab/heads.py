@@ -32,8 +32,8 @@ PARTS = ("prior", "diffusion", "reconstruction")
 
 
 def corrupt(x0, cfg, g):
-    """dit_variants.corrupt with uniform times for all, as in long trainings; short ones of logits
-    have more noise, which is good for them alone."""
+    """dit_variants.corrupt with uniform times for all, as in long trainings; in short ones only
+    logits have more noise."""
     return dit_variants.corrupt(x0, dataclasses.replace(cfg, steps=4000), g)
 
 
