@@ -38,7 +38,7 @@ from dit_embed import categorical, filter_logits, position_times, posterior, q_s
 
 @dataclass
 class Config(dit_embed.Config):
-    prediction_type: Literal["logits", "eps", "x0", "v"] = "logits"  # logits: with temperature
+    prediction_type: Literal["logits", "eps", "x0", "v"] = "logits"  # output; temperature: logits
     loss: Literal["auto", "ce", "mse", "nelbo"] = "auto"  # auto: ce for logits, else mse
     rounding_weight: float = 1.0  # weight of the rounding loss beside mse: keeps embeddings apart
     allow_collapse: bool = False  # let mse train embeddings without it
