@@ -461,7 +461,7 @@ def sample(model, x, cfg, g, on_step=lambda *_: None, predict=predict, noise_lev
             score = conf
             if cfg.remask == "conf":  # clean ones: a draw by the weights exp(-p)
                 gumbel = -(-torch.rand(x.shape, generator=g).to(device).log()).log()
-                score = torch.where(prec < CLEAN, 1000 + conf, conf - gumbel)
+                score = torch.where(prec < CLEAN, conf, conf - gumbel - 10)  # below all noisy
             is_waiting = ~is_given if cfg.remask == "conf" else prec == 0
             tau = reassign_times(tau, is_waiting, score)
             prec_s = noise_levels((k - 1) / steps, tau, cfg)[0]
