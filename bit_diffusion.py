@@ -21,7 +21,7 @@ Equations. Row U_v of U (V, K) is token v's code of K = ceil(log2 V) bits, each 
     (E6)  -log p(x_0) <= NELBO = sum_i int_0^inf d lam_i / (2 sinh lam_i) E_b sum_k [R_hat - R
           + R ln(R / R_hat)], any tau: SEDD's score entropy (Lou et al. 2024) for this flip rate.
           For one bit b, R = exp(-lam b b_0) = q(-b | b_0) / q(b | b_0), and R_hat, its mean under
-          (E5), is sigmoid(l b) exp(-lam) + sigmoid(-l b) exp(lam); no end terms, as a is 1, then 0
+          (E5), is sigmoid(l b) exp(-lam) + sigmoid(-l b) exp(lam); no end terms: a(0) = 1, a(1) = 0
     (E7)  s < t: q(b_s != b_t | b_t, b_0) = (1 - r) (1 - a_s y) / (2 (1 + a_t y)), y = b_t b_0,
           r = a_t / a_s
     (E8)  reverse step: a token v ~ p_i, then each bit from (E7) with U_v in place of b_0,i
@@ -80,7 +80,7 @@ class Config:
     # method
     schedule: Literal["quadratic", "cosine", "linear"] = "quadratic"  # of a(t), see SCHEDULES
     noise_window: float = 0.1  # w (E2), share of the time in which one position gets its noise
-    # sampling; as in the bound: --order random --temperature 1 --no-length-first, many --num-steps
+    # sampling; the bound is of: --order random --temperature 1 --no-length-first, many --num-steps
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "A ___ and ___3.": fill one token and three; then the text ends

@@ -4,7 +4,7 @@ Method: Diffusion-LM (Li et al. 2022, arXiv 2205.14217), CDCD (Dieleman et al. 2
 (Gulrajani and Hashimoto 2023), DiT (Peebles and Xie 2023); bound: VDM (Kingma et al. 2021).
 lab/dit_variants.py: eps / x0 / v prediction, beta schedules, DDIM, self-conditioning, rounding, CFG
 
-    python dit_embed.py         11 minutes, 2 CPU cores: val <= 1.68 nats/token (entropy 0.91)
+    python dit_embed.py         11 minutes, 2 CPU cores: val <= 1.55 nats/token (entropy 0.91)
     python dit_embed.py sample --prompt "Once upon a time" --num-samples 3 --trace
     python dit_embed.py sample --infill "Once upon a ___ there was ___"
     python dit_embed.py eval    the bound on 500 test rows, samples
@@ -79,7 +79,7 @@ class Config:
     logsnr_above: float = 3.0  # largest lam, above log(2 ln V), where z_i alone loses the token
     logsnr_below: float = 8.0  # smallest lam, below log(2 ln V)
     noise_window: float = 0.1  # w (E2), share of the time in which one position gets its noise
-    # sampling; as in the bound: --order random --temperature 1 --no-length-first, many --num-steps
+    # sampling; the bound is of: --order random --temperature 1 --no-length-first, many --num-steps
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "A ___ and ___3.": fill one token and three; then the text ends
@@ -265,7 +265,7 @@ class Model(nn.Module):
 
     def forward(self, z, lam, is_target=None):
         levels, index = lam.unique(return_inverse=True)  # each level is embedded once
-        noise = self.embed_noise(levels)  # (levels, C); below: 0.1 slows AdamW, float32 sums well
+        noise = self.embed_noise(levels)  # (levels, C); 0.1: small AdamW steps; float32: exact sums
         x = self.embed(z, lam) + F.embedding(index, 0.1 * self.noise_head(noise).float())
         x = x + self.wpe.weight[:x.shape[1]]
         positions = torch.arange(x.shape[1], device=z.device)

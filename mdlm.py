@@ -73,7 +73,7 @@ class Config:
     warmup: int = 50  # steps of linear warm-up; then linearly to zero
     ema: float = 0.99  # decay of the averaged weights, which are evaluated and saved; 0 = off
     eval_every: int = 200  # steps between evaluations and checkpoints
-    # sampling; as in the bound: order random, num_steps 0, temperature 1, no remask or length_first
+    # sampling; the bound is of: order random, num_steps 0, temperature 1, no remask or length_first
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "A ___ and ___3.": fill one token and three; then the text ends
@@ -263,7 +263,7 @@ def nelbo(model, x0, cfg, g, draws=8, is_given=None):
         n = torch.minimum(1 + ((k + u) / draws * N).floor().long(), N)
         xt = mask_tokens(x0, n, cfg, g, is_given)
         ce = [masked_ce(model, *xs).cpu().double().sum(1) for xs in zip(x0.split(64), xt.split(64))]
-        total += N / draws * torch.cat(ce) / n.clamp(min=1)  # N x mean over n (E4); n = 0: given
+        total += N / draws * torch.cat(ce) / n.clamp(min=1)  # N x mean over n (E4); n = 0: N = 0
     return total
 
 

@@ -2,8 +2,8 @@
 
 Method: the state [(0.6, cat), (0.3, dog), (0.1, pet)] of A. Holmes' "Sparse Distribution Diffusion"
 (github.com/aaholmes/diffusion-llm), with a forward process that has a likelihood: candidates are
-the top k of an exact posterior. The original (lab/sdd_variants.py, notebook 05) writes one text: in
-training the answer is often a candidate; a sampler keeps what it first chose among random ones.
+the top k of an exact posterior. The original (lab/sdd_variants.py, notebook 05) collapses to one
+text: in training the answer is often a candidate, but sampling begins with random candidates.
 
     python sdd.py               9 minutes, 2 CPU cores: val <= 1.55 nats/token (entropy 0.91)
     python sdd.py sample --prompt "Once upon a time" --num-samples 3 --trace
@@ -17,7 +17,7 @@ Equations. prec_i >= 0: precision of position i, the SNR of z_i; e_v: the one-ho
           p(x_0,i | z_i) under a uniform prior over tokens
     (E3)  state_i: the k largest of softmax(z_i) as (token, log p), and log p of all other tokens
     (E4)  own time of a position t_i = clamp((t - tau_i) / w, 0, 1), tau_i in [0, 1 - w], and prec_i
-          = -max(8, 2 ln V) ln t_i; w = 1: the same for all; w -> 0: masked diffusion
+          = -max(8, 2 ln V) ln t_i; w = 1: the same for all; w -> 0: one token after another
     (E5)  p_i = softmax(net_i(states) + z_i), net_i like a log prior
     (E6)  -log p(x_0) <= NELBO = 1/2 sum_i int E |e_x - p_i|^2 d prec_i, for any tau; there is no
           other term: at prec = 0 nothing is known, at infinity everything
@@ -80,7 +80,7 @@ class Config:
     # method
     k: int = 8  # candidates of a position (E3)
     noise_window: float = 0.1  # w (E4), share of the time in which one position gets its noise
-    # sampling; as in the bound: --sampler token --order random --temperature 1 --remask none
+    # sampling; the bound is of: --sampler token --order random --temperature 1 --remask none
     # --no-length-first, many --num-steps
     num_samples: int = 4
     prompt: str = ""  # text that every sample begins with
@@ -270,7 +270,7 @@ def noise_levels(t, tau, cfg):
     nothing is known, and -d prec / dt, 0 for these two: (B, T) each."""
     own = ((t - tau) / cfg.noise_window).clamp(0, 1)  # (E4)
     own = (own.cpu() if own.device.type == "mps" else own).double()  # Apple's GPUs have none
-    unit = max(8.0, 2 * math.log(cfg.vocab_size))  # a token is lost at this order of prec
+    unit = max(8.0, 2 * math.log(cfg.vocab_size))  # around this prec z_i alone loses the token
     prec = (unit * -own.log()).clamp(0, CLEAN)
     slope = torch.where((prec > 0) & (prec < CLEAN), unit / own, 0.0)
     return prec.float().to(tau.device), slope / cfg.noise_window
@@ -341,7 +341,7 @@ def corrupt(x0, cfg, g, noise_levels=noise_levels):
 
 
 def loss_fn(model, x0, prec, eps, weight):
-    """Weighted cross-entropy of noisy tokens. NELBO as loss leads to a higher NELBO at this lr."""
+    """Weighted cross-entropy of noisy tokens. The NELBO as loss is worse at this lr (LOG.md)."""
     at_noisy, count = (weight > 0).nonzero(as_tuple=True), between(prec).sum(1)
     eps = eps[torch.arange(eps.shape[1], device=eps.device) < count[:, None]]  # (n, V)
     at_between = between(prec).nonzero(as_tuple=True)
@@ -455,7 +455,7 @@ def sample(model, x, cfg, g, on_step=lambda *_: None, predict=predict, noise_lev
         if length_first:
             logits[:, cfg.eos] = -torch.inf
         # 2. choose positions, the most confident first. remask conf: all get new times, noisy ones
-        #    the latest; a clean one whose new time is early becomes noisy and is drawn again
+        #    the largest, denoised first; a clean one with a small time becomes noisy, to be redrawn
         if cfg.order == "maxprob":
             conf[is_target] = (logits.amax(1) - logits.logsumexp(1)).exp()
             score = conf
