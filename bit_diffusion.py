@@ -432,10 +432,10 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, draw_x0=draw_x0):
     steps = cfg.num_steps or x.shape[1]
     for k in range(steps, 0, -1):
         lam, lam_s = (noise_levels(t / steps, tau, cfg)[0] for t in (k, k - 1))
-        # 1. predict, where lam rises; with maxprob at all noisy positions, to choose
-        is_target = lam < CLEAN if cfg.order == "maxprob" else lam_s > lam
-        if not is_target.any():
+        # 1. predict, if lam rises anywhere; with maxprob at all noisy positions, to choose
+        if not (lam_s > lam).any():
             continue
+        is_target = lam < CLEAN if cfg.order == "maxprob" else lam_s > lam
         logits = model(bits, lam, is_target)
         nfe += 1
         if length_first:

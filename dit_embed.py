@@ -428,31 +428,31 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, draw_x0=draw_x0):
         on_step(nfe, x)
     is_given = x != V
     emb = model.embeddings()[x.masked_fill(~is_given, 0)]
-    z = eps = torch.randn(emb.shape, generator=g).to(device)
+    eps = torch.randn(emb.shape, generator=g).to(device)
     tau = position_times(x.shape, cfg, g, is_given.cpu()).to(device)
     if cfg.order == "l2r":
         tau = reassign_times(tau, ~is_given, -(~is_given).cumsum(1).float())
+    z = torch.where(is_given[..., None], q_sample(emb, noise_levels(1, tau, cfg)[1], eps), eps)
     steps = cfg.num_steps or x.shape[1]
     for k in range(steps, -1, -1):
         own, lam, _ = noise_levels(k / steps, tau, cfg)
         lam_s = noise_levels(max(k - 1, 0) / steps, tau, cfg)[1]
-        z = torch.where(is_given[..., None], q_sample(emb, lam, eps), z)
-        # 1. predict, where lam rises; with maxprob at all noisy positions, to choose
-        choose = cfg.order == "maxprob" and k > 0
-        is_target = ~is_given & (own > 0 if choose else lam_s > lam if k else True)
-        if not is_target.any():
+        # 1. predict, if lam rises anywhere; with maxprob at all noisy positions, to choose
+        rises = lam_s > lam if k else ~is_given
+        if not rises.any():
             continue
+        choose = cfg.order == "maxprob" and k > 0
+        is_target = own > 0 if choose else rises
         logits = model(z, lam, is_target)
         nfe += 1
         if length_first:
             logits[:, cfg.eos] = -torch.inf
         # 2. choose positions: of those that are pure noise the most confident begin next
         if choose:
-            confidence = torch.zeros(x.shape, device=device)
-            confidence[is_target] = logits.softmax(1).amax(1)
+            confidence = z.new_zeros(x.shape).masked_scatter(is_target, logits.softmax(1).amax(1))
             tau = reassign_times(tau, is_target & (own == 1), confidence)
             lam_s = noise_levels((k - 1) / steps, tau, cfg)[1]
-            logits, is_target = logits[(lam_s > lam)[is_target]], is_target & (lam_s > lam)
+            logits, is_target = logits[(lam_s > lam)[is_target]], lam_s > lam
         # 3. draw: one reverse step, or at t = 0 the tokens
         if k == 0:  # no temperature: the self-likelihood decides
             x[is_target] = categorical(logits, g)

@@ -444,12 +444,13 @@ def sample(model, x, cfg, g, on_step=lambda *_: None, predict=predict, noise_lev
     if cfg.order == "l2r":
         tau = reassign_times(tau, ~is_given, -(~is_given).cumsum(1).float())
     steps = cfg.num_steps or x.shape[1]
-    for k in range(steps, 0, -1):
-        prec_s = noise_levels((k - 1) / steps, tau, cfg)[0]
+    for step in range(steps, 0, -1):
+        prec_s = noise_levels((step - 1) / steps, tau, cfg)[0]
         # 1. predict, where precision grows; with maxprob at all noisy positions, to choose
         is_target = prec < CLEAN if cfg.order == "maxprob" else prec_s > prec
-        if not is_target.any():
-            continue
+        may_swap = cfg.remask == "conf" and is_target.any() and (prec > 0)[~is_given].any()
+        if not (prec_s > prec).any() and not may_swap:
+            continue  # no position moves
         logits, z_i = predict(model, x, prec, z[between(prec)], is_target)
         nfe += 1
         if length_first:
@@ -458,13 +459,12 @@ def sample(model, x, cfg, g, on_step=lambda *_: None, predict=predict, noise_lev
         #    the largest, denoised first; a clean one with a small time becomes noisy, to be redrawn
         if cfg.order == "maxprob":
             conf[is_target] = (logits.amax(1) - logits.logsumexp(1)).exp()
-            score = conf
-            if cfg.remask == "conf":  # clean ones: a draw by the weights exp(-p)
+            score, is_waiting = conf, prec == 0
+            if cfg.remask == "conf":  # clean ones: a draw by the weights exp(-p), below all noisy
                 gumbel = -(-torch.rand(x.shape, generator=g).to(device).log()).log()
-                score = torch.where(prec < CLEAN, conf, conf - gumbel - 10)  # below all noisy
-            is_waiting = ~is_given if cfg.remask == "conf" else prec == 0
+                score, is_waiting = torch.where(prec < CLEAN, conf, conf - gumbel - 10), ~is_given
             tau = reassign_times(tau, is_waiting, score)
-            prec_s = noise_levels((k - 1) / steps, tau, cfg)[0]
+            prec_s = noise_levels((step - 1) / steps, tau, cfg)[0]
             keep, is_target = (prec_s > prec)[is_target], prec_s > prec
             logits, z_i = logits[keep], z_i[keep]
         # 3. draw: temperature divides net only, z_i is evidence; top-k and top-p cut the sum

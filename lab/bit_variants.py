@@ -380,9 +380,9 @@ def sample_and_count(model, x, cfg, g, on_step=lambda nfe, x: None):
     steps = cfg.num_steps or x.shape[1]
     for k in range(steps, 0, -1):
         lam, lam_s = (noise_levels(t / steps, tau, cfg)[0] for t in (k, k - 1))
-        is_target = lam < CLEAN if cfg.order == "maxprob" else lam_s > lam
-        if not is_target.any():
+        if not (lam_s > lam).any():
             continue
+        is_target = lam < CLEAN if cfg.order == "maxprob" else lam_s > lam
         out = guided(model, bits, lam, is_target, is_given, cfg.guidance, g) if is_guided else \
             model(bits, lam, is_target)
         nfe += 1 + is_guided

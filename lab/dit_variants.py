@@ -460,10 +460,11 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None):
         lam_s = noise_levels(max(k - 1, 0) / steps, tau, cfg)[1]
         z = torch.where(is_given[..., None], q_sample(emb, lam, eps), z)
         # 1. predict; with self-conditioning at all positions
-        choose = cfg.order == "maxprob" and k > 0
-        is_target = ~is_given & (own > 0 if choose else lam_s > lam if k else own == 0)
-        if not is_target.any():
+        rises = ~is_given & (lam_s > lam if k else own == 0)
+        if not rises.any():
             continue
+        choose = cfg.order == "maxprob" and k > 0
+        is_target = ~is_given & (own > 0) if choose else rises
         wanted = torch.ones_like(is_target) if cfg.self_cond else is_target
         out = predict(model, z, lam, wanted, cfg, guess)
         nfe += 1
