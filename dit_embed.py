@@ -98,7 +98,7 @@ class Config:
     def problems(self):
         span = self.logsnr_above + self.logsnr_below
         rules = {"--noise-window must be in [0.001, 1]": 0.001 <= self.noise_window <= 1,
-                 f"--logsnr-above plus --logsnr-below is {span}, not in (0, 40]": 0 < span <= 40}
+                 f"--logsnr-above plus --logsnr-below must be in (0, 40], not {span}": 0 < span <= 40}
         return [text for text, holds in rules.items() if not holds]
 
 

@@ -340,7 +340,7 @@ def test_a_mistake_with_a_finished_run_leaves_it_alone(name, flags, sentence, st
 @pytest.mark.parametrize("name, flags, sentence", [
     *((name, f"--noise-window {w}", "--noise-window must be in [0.001, 1]")
       for name in ("dit_embed", "bit_diffusion", "sdd") for w in (0, 1e-8, 1.5)),
-    *(("dit_embed", f"--logsnr-above {a} --logsnr-below {b}", "not in (0, 40]")
+    *(("dit_embed", f"--logsnr-above {a} --logsnr-below {b}", "must be in (0, 40]")
       for a, b in ((0, 0), (100, 3))),
     ("dit_embed", "sample --emb-dim 8", "leave out --emb-dim: the checkpoint has 16"),
     ("dit_embed", "--resume --logsnr-above 2", "leave out --logsnr-above: the checkpoint has 3.0"),
