@@ -12,8 +12,8 @@ Equations
     (E3)  loss = - sum_i log p(x_i | x_<i) / number of scored tokens
     (E4)  sampling: x_i ~ p(. | x_<i) from left to right; keys and values of the past are cached
 
-Shapes: B rows, T tokens, V vocabulary, C width, H heads, D = C / H. Units: nats. g draws noise. A
-row is scored up to and including its first EOS, which ends the document; later EOS are not.
+Shapes: B rows, T tokens, V vocabulary, C width, H heads, D = C / H. Units: nats. g draws
+batches and samples. A row is scored up to and including its first EOS, later ones are not.
 
 Differs from GPT-2: RMSNorm, rotary positions, normalised queries and keys, a causal convolution in
 front of each block, no biases, Muon for the matrices of the blocks; output projections and the head
@@ -47,7 +47,7 @@ class Config:
     out: str = "out/ar"  # run folder
     resume: bool = False  # continue the run in the run folder
     log: Literal["", "tensorboard", "wandb", "tensorboard,wandb"] = ""  # besides log.jsonl
-    preset: Literal["tiny", "small", "medium"] = "tiny"  # layers x width 4x192, 8x512, 12x768
+    preset: Literal["tiny", "small", "medium"] = "tiny"  # 4x192, 8x512, 12x768; see PRESETS
     seed: int = 1337  # of weights, batches and noise
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 is autocast
@@ -136,7 +136,7 @@ class Attention(nn.Module):
         (q, k), v = rotate(F.layer_norm(qk, qk.shape[4:]), positions), v.squeeze(0)  # (B, H, T, D)
         if kv_cache is not None:  # extended in place, by the prompt, then by one token a call
             k, v = (torch.cat(pair, 2) for pair in zip(kv_cache, (k, v))) if kv_cache else (k, v)
-            kv_cache[:] = k, v  # (B, H, past and new, D); third: what Block's convolution saw last
+            kv_cache[:] = k, v  # (B, H, past and new, D)
         if x.device.type == "cpu":  # written out: the fused kernel is slow there, see LOG.md
             scores = q * q.shape[3] ** -0.5 @ k.mT  # (B, H, T, past and new tokens)
             future = scores.new_full(scores.shape[2:], -torch.inf).triu(1 + k.shape[2] - T)
@@ -157,8 +157,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A convolution over each token and the six before it (a Canon layer, Allen-Zhu 2025), then
-    attention and MLP."""
+    """A convolution over each token and the six before it (as Canon layers, Allen-Zhu 2025), then
+    attention and MLP. kv_cache: [] or [keys, values, the last six inputs of the convolution]."""
 
     def __init__(self, cfg):
         super().__init__()

@@ -73,12 +73,13 @@ def check(cfg, stored):
             bad.append(f"{flag} is {value}, it must be at least {least} and less than 2^31")
         if field.name in keys and value != getattr(stored, field.name):
             bad.append(f"leave out {flag}: the checkpoint has {getattr(stored, field.name)}")
-    if cfg.n_embd % (2 * max(1, cfg.n_head)):
-        bad.append(f"--n-embd {cfg.n_embd} must be a multiple of 2 x n_head = {2 * cfg.n_head}")
-    if cfg.top_p > 1 or cfg.ema >= 1 or 0 < cfg.temperature < 1e-6:
-        bad.append(f"--top-p ({cfg.top_p}) must be at most 1, --ema ({cfg.ema}) less than 1 and "
-                   f"--temperature ({cfg.temperature}) 0 or at least 1e-6")
-    if bad:
+    n = 2 * max(1, cfg.n_head)
+    rules = {f"--out {cfg.out} must be a folder of its own, as out/ar": bool(Path(cfg.out).name),
+             f"--n-embd {cfg.n_embd} must be a multiple of 2 x n_head = {n}": cfg.n_embd % n == 0,
+             f"--top-p {cfg.top_p} must be at most 1": cfg.top_p <= 1,
+             f"--ema {cfg.ema} must be less than 1": cfg.ema < 1,
+             "--temperature must be 0 or at least 1e-6": not 0 < cfg.temperature < 1e-6}
+    if bad := bad + [sentence for sentence, holds in rules.items() if not holds]:
         raise UserError("; ".join(bad))
 
 
@@ -94,9 +95,8 @@ class Run:
         self.device, self.writers, self.exits = pick_device(cfg.device), [], contextlib.ExitStack()
         self.dtype = pick_dtype(cfg.dtype, self.device)
         self.amp = torch.autocast(self.device.type, torch.bfloat16, self.dtype == "bfloat16")
-        if cfg.batch_size < self.world or not self.out.name:
-            raise UserError(f"--batch-size must be at least {self.world}, a row for each process, "
-                            "and --out a folder of its own")
+        if cfg.batch_size < self.world:
+            raise UserError(f"--batch-size must be at least {self.world}, a row for each process")
 
     def __enter__(self):
         if self.world > 1:
@@ -308,11 +308,11 @@ def show_samples(run, sample, model, tokenizer, cfg, step=None):
     canvas = encode_canvas(tokenizer, cfg, cfg.num_samples if step is None else 64).to(run.device)
     with run.amp:
         x, nfe = sample(model, canvas, cfg, g,
-                        on_step=lambda nfe, x: frames.append((nfe, x[0].tolist())))
-    for k in sorted({round(k * (len(frames) - 1) / 5) for k in range(6)}
-                    if cfg.trace and frames else []):
-        text = " ".join(tokenizer.decode_masked(frames[k][1]).split())  # masks print as blocks
-        run.say(f"{frames[k][0]:5}  {text[:92]}{' ...' if len(text) > 92 else ''}")
+                        on_step=lambda nfe, x: cfg.trace and frames.append((nfe, x[0].tolist())))
+    lines = [(nfe, " ".join(tokenizer.decode_masked(ids).split())) for nfe, ids in frames]
+    lines = [[*same][-1] for _, same in itertools.groupby(lines, lambda line: line[1][:92])]
+    for k in sorted({round(k * (len(lines) - 1) / 5) for k in range(6)} if lines else []):
+        run.say("{:5}  {:.92}".format(*lines[k]) + " ..." * (len(lines[k][1]) > 92))
     rows = tokens_of(x, cfg)
     texts = [tokenizer.decode(ids) for ids in rows]
     about = dict(num_samples=len(rows), nfe=nfe, seconds=time.time() - start,

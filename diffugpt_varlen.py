@@ -14,17 +14,17 @@ Equations. A canvas is text, EOS, PAD, PAD ...; L is the position of EOS (T: non
     (E3)  annealing: position i attends to j > i with probability r, which grows from 0 to 1
     (E4)  p_i = p(x_i | prompt, rest masked). Exact: p_i(EOS) = P(L = i), p_i(PAD) = P(L < i). Any
           network gives P(L) by its hazards P(L = i | L >= i) = p_i(EOS) / (1 - p_i(PAD))
-    (E5)  training crops canvases at sizes that do not depend on the text, so p(x_i | visible) does
-          not depend on the size: sampling may begin with a short canvas and extend it
+    (E5)  training crops canvases to T / 3 .. T, whatever the text, so p(x_i | visible) does not
+          depend on the size: sampling may begin with a short canvas and extend it
     (E6)  truncation: what follows the first visible EOS or PAD is PAD and need not be computed
 
 Shapes: B rows, T tokens, V vocabulary (PAD is V, M is V + 1), C width, H heads, D = C / H. Units:
 nats. Every position of a row is scored, PAD too: the model is not told the length. g draws noise.
 
 Differs from the paper: the loss is the bound per position (theirs is twice that for large batches:
-they divide by the number of masks, half of the positions); exact numbers of masks, no cut-off of t;
-M and PAD are new rows of the embedding, M is never predicted; prompts and crops in training, for
-lengths. Differs from ar.py: GPT-2 blocks with tensors named as in `transformers`; weights fit both.
+they divide by the number of masks, half of the positions); a row's number of masks is drawn, so no
+1 / t needs a cut-off; M and PAD are new rows of the embedding, M is never predicted; prompts and
+crops in training, for lengths. From ar.py: GPT-2 blocks, tensors named as in `transformers`.
 """
 import contextlib
 import copy
@@ -56,7 +56,7 @@ class Config:
     out: str = "out/diffugpt_varlen"  # run folder
     resume: bool = False  # continue the run in the run folder
     log: Literal["", "tensorboard", "wandb", "tensorboard,wandb"] = ""  # besides log.jsonl
-    preset: Literal["tiny", "small", "medium"] = "tiny"  # layers x width 4x192, 8x512, 12x768
+    preset: Literal["tiny", "small", "medium"] = "tiny"  # 4x192, 8x512, 12x768; see PRESETS
     seed: int = 1337  # of weights, batches and noise
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 is autocast
@@ -76,7 +76,7 @@ class Config:
     eval_every: int = 200  # steps between evaluations and checkpoints
     # method
     pipeline: Literal["diffusion", "arm"] = "diffusion"  # arm: autoregressive, as the parent is
-    init_from: str = "parent"  # parent (trained first, in <out>_parent), scratch, or a run folder
+    init_from: str = "parent"  # parent (trained first, in <out>_parent), scratch, a run folder
     parent_steps: int = 500  # optimizer steps of the parent
     attn_annealing_steps: int = 100  # steps in which r of (E3) grows from 0 to 1; 1: r is 1
     p_prompt: float = 0.2  # share of rows with a prompt; half of them mask everything behind it
@@ -86,12 +86,12 @@ class Config:
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "A ___ and ___3.": fill one token and three; then the text ends
     trace: bool = False  # print the trajectory of the first sample
-    num_steps: int = 80  # a step unmasks (T - prompt) / num_steps tokens, rounded up; 0 = one
+    num_steps: int = 80  # a step unmasks ceil((T - prompt) / num_steps) tokens; 0 = one
     order: Literal["random", "l2r", "maxprob", "margin", "entropy"] = "maxprob"  # unmasked first
     # how much of the row is computed, and when its length is decided: see sample()
     length_mode: Literal["fixed", "truncate", "quantile", "blockwise", "presampled"] = "presampled"
     length_quantile: float = 0.9  # quantile: the canvas is long enough with this probability
-    block_size: int = 32  # quantile, blockwise: tokens that one extension adds
+    block_size: int = 32  # quantile, blockwise: tokens an extension adds; below T / 3 untrained
     temperature: float = 0.5  # below 1: safer, less varied; 0: the most likely token
     top_k: int = 0  # keep the k most likely tokens; 0 = all
     top_p: float = 1.0  # keep the most likely tokens that hold this much probability
@@ -264,13 +264,13 @@ def length_of(x, cfg):
     return (((x == cfg.eos) & (cfg.rows == "docs")).cumsum(1) == 0).sum(1)
 
 
-def random_attention(T, r, device, g=None):
-    """(T, T) boolean or None for all: a position attends to itself, those before it, and each later
-    one with probability r; one draw for all rows, heads and layers (Gong et al., section 3.2)."""
+def random_attention(S, r, device, g=None):
+    """(S, S) boolean, S = 1 + T, or None for all: a position attends to itself, those before it and
+    each later one with probability r; one draw for all rows, heads, layers (Gong et al., 3.2)."""
     if r >= 1:
         return None
-    causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    return causal | (torch.rand(T, T, generator=g) < r).to(device) if r > 0 else causal  # (E3)
+    causal = torch.ones(S, S, dtype=torch.bool, device=device).tril()
+    return causal | (torch.rand(S, S, generator=g) < r).to(device) if r > 0 else causal  # (E3)
 
 
 def random_prompts(x, cfg, g):
@@ -285,8 +285,8 @@ def random_prompts(x, cfg, g):
 
 def corrupt(x0, cfg, g, step=math.inf, random_prompts=random_prompts):
     """The forward process: canvases x, xt and each token's weight in the loss, (B, T), and the
-    attention mask of this optimizer step. n masks of N weigh N / n, and the loss is the mean over
-    all tokens that may be masked. arm masks nothing and predicts all tokens up to the EOS."""
+    attention mask of this optimizer step. If a row has n masks where N may be, each weighs N / n,
+    divided by the N of all rows. arm masks nothing and predicts all tokens up to the EOS."""
     x, (B, T), V = to_canvas(x0, cfg), x0.shape, cfg.vocab_size
     if cfg.pipeline == "arm":
         return x, x, (x != V) / (x != V).sum(), random_attention(T + 1, 0, x.device)
@@ -441,7 +441,7 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, length_dist=length_dis
     (E5) at temperature 1, a token a step: fixed computes all; truncate stops behind the first EOS
     or PAD; quantile begins with a canvas for the length_quantile of L, blockwise with one block,
     both grow; presampled draws L first, at temperature 1. With order maxprob and temperature 0.5
-    fixed, truncate and quantile write shorter texts, blockwise worse ones (LOG.md)."""
+    fixed writes hardly anything, truncate and quantile little, blockwise worse texts (LOG.md)."""
     if cfg.pipeline == "arm":
         return sample_ar(model, x, cfg, g, on_step)
     (B, T), V, M, docs, nfe = x.shape, cfg.vocab_size, cfg.vocab_size + 1, cfg.rows == "docs", 0
@@ -483,7 +483,7 @@ def sample(model, x, cfg, g, on_step=lambda nfe, x: None, length_dist=length_dis
         logits = predict(model, x, is_mask, end)
         if docs:
             logits[:, [cfg.eos, V]] = logits[:, [cfg.eos, V]].masked_fill(
-                is_text.expand_as(x)[is_mask][:, None], -torch.inf)
+                is_text[is_mask][:, None], -torch.inf)
         # 4. choose positions to unmask, those of the highest score (--order) first
         score = torch.zeros(x.shape, device=x.device)
         score[is_mask] = ORDERS[cfg.order](logits.log_softmax(1), is_mask.nonzero()[:, 1])
@@ -506,7 +506,7 @@ def get_lr(step, cfg):
 
 def make_optimizers(model, cfg):
     """Muon for the matrices inside the blocks, AdamW for the rest. A group's rate is `scale` times
-    the scheduled one: matrices and embeddings (wte is the head) have 1, all others 3 (LOG.md)."""
+    the scheduled one: matrices and embeddings (wte is the head; LOG.md) have 1, all others 3."""
     hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
     embed = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     rest = [p for p in model.parameters() if not any(p is other for other in hidden + embed)]
@@ -579,7 +579,7 @@ def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sampl
             beta = min(cfg.ema, (1 + step) / (10 + step))  # smaller at first: early weights fade
             params = [p.detach() for p in model.parameters()]
             torch._foreach_lerp_([*ema.parameters()], params, 1 - beta)
-            run.log_step(step, x0.numel(), total, grad_norm=norm, lr=get_lr(step - 1, cfg))
+            run.log_step(step, x.numel(), total, grad_norm=norm, lr=get_lr(step - 1, cfg))
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 run.save(step, *state)
         if step < cfg.steps:
@@ -593,20 +593,22 @@ def train(cfg, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nelbo=nelbo, sampl
     return ema
 
 
-def train_parent(cfg, *parts):
-    """Stage 1: the causal parent. One of the same settings is kept, or goes on where it stopped;
-    one of other settings is moved aside."""
+def train_parent(cfg, run, *parts):
+    """Stage 1: the causal parent. One of the same settings goes on, any other is moved aside."""
     parent = dataclasses.replace(cfg, pipeline="arm", init_from="scratch", steps=cfg.parent_steps,
                                  out=f"{cfg.out}_parent")
-    names = [field.name for field in dataclasses.fields(cfg)]  # those of a parent come first
-    names = set(names[:names.index("parent_steps")]) - {"out", "resume", "log", "compile"}
-    load_data(parent, quiet=True)  # fixes vocab_size and rows
+    free = {"out", "resume", "log", "device", "compile", "eval_every"}  # do not shape a parent
+    keys = [f.name for f in dataclasses.fields(cfg) if f.name not in free]  # before parent_steps do
+    load_data(parent, quiet=run.rank > 0)  # fixes vocab_size and rows
     with contextlib.suppress(common.UserError):  # no parent yet
         stored = common.load_config(type(cfg), parent.out)
-        parent.resume = all(getattr(stored, k) == getattr(parent, k) for k in names)
+        parent.resume = all(vars(stored)[k] == vars(parent)[k]
+                            for k in keys[:keys.index("parent_steps")])
     try:
         train(parent, *parts)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if not stop.args:  # nothing was saved
+            raise
         raise KeyboardInterrupt("the parent is kept; the same command goes on with it") from None
 
 
@@ -620,7 +622,7 @@ def main(argv, Config=Config, Model=Model, corrupt=corrupt, loss_fn=loss_fn, nel
     if command == "train":
         if cfg.init_from == "parent" and not cfg.resume:  # stage 1 resumes by itself
             run.say(f"stage 1 of 2: a causal parent, {cfg.parent_steps} steps")
-            train_parent(cfg, *parts)
+            train_parent(cfg, run, *parts)
             run.say(f"\nstage 2 of 2: the parent becomes a diffusion model, {cfg.steps} steps")
         return train(cfg, *parts)
     data = load_data(cfg) if command == "eval" else None

@@ -14,7 +14,7 @@ Equations. E (V, d): row E_v of norm 1 is token v's vector; snr = alpha^2 / sigm
           sigma^2 = 1 - alpha^2
     (E2)  own time of a position t_i = clamp((t - tau_i) / w, 0, 1), tau_i in [0, 1 - w], and lam_i
           linear in t_i; w = 1: the usual process; w -> 0: one token after another, any order
-    (E3)  self-likelihood: log q(z_i | v) = sqrt(snr (1 + snr)) z_i.E_v + const, the same for all v
+    (E3)  self-likelihood (Plaid: output prior) log q(z_i | v) = sqrt(snr (1 + snr)) z_i.E_v + const
     (E4)  p_i = softmax(net_i(z) + log q(z_i | .)), net_i like a log prior; x0_hat_i = p_i E
     (E5)  -log p(x_0) <= NELBO = PRIOR + DIFFUSION + RECONSTRUCTION, any tau; < >: mean over eps.
           PRIOR = sum_i KL(q(z_i | x_0) || N(0, I)) at t = 1; RECONSTRUCTION = at t = 0,
@@ -56,7 +56,7 @@ class Config:
     out: str = "out/dit_embed"  # run folder
     resume: bool = False  # continue the run in the run folder
     log: Literal["", "tensorboard", "wandb", "tensorboard,wandb"] = ""  # besides log.jsonl
-    preset: Literal["tiny", "small", "medium"] = "tiny"  # layers x width 4x192, 8x512, 12x768
+    preset: Literal["tiny", "small", "medium"] = "tiny"  # 4x192, 8x512, 12x768; see PRESETS
     seed: int = 1337  # of weights, batches and noise
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 is autocast
@@ -98,7 +98,7 @@ class Config:
     def problems(self):
         span = self.logsnr_above + self.logsnr_below
         rules = {"--noise-window must be in [0.001, 1]": 0.001 <= self.noise_window <= 1,
-                 f"--logsnr-above plus --logsnr-below must be in (0, 40], not {span}": 0 < span <= 40}
+                 f"--logsnr-above + --logsnr-below must be in (0, 40], not {span}": 0 < span <= 40}
         return [text for text, holds in rules.items() if not holds]
 
 

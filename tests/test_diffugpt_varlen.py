@@ -483,7 +483,7 @@ def test_a_parent_is_used_again_unless_its_settings_differ(home, train, tmp_path
     """Settings of the adaptation and of sampling are not the parent's; the older run is moved
     aside, here the parent's too."""
     parent = tmp_path / "run_parent"
-    out = train("--p-crop", "0.5", "--steps", "3", "--num-steps", "7")
+    out = train("--p-crop", "0.5", "--steps", "3", "--num-steps", "7", "--eval-every", "3")
     files = [folder / "model.safetensors" for folder in (home / "run_parent", parent)]
     assert files[0].read_bytes() == files[1].read_bytes() and len(log(out, "train")) == 3
     assert len(log(parent, "train")) == 4 and not (tmp_path / "run_parent.1").exists()

@@ -86,6 +86,7 @@ def test_one_name_has_one_meaning():
         "model = init_model(cfg, Model, data, run.device)",
         "x, xt, weight, attention_mask = corrupt(x0, cfg, g, step)",
         "loss = loss_fn(model, x[i], xt[i], weight[i], attention_mask)",
+        "run.log_step(step, x.numel(), total, grad_norm=norm, lr=get_lr(step - 1, cfg))",
         'if cfg.pipeline == "diffusion":',
         "common.show_samples(run, sample, ema, data.tokenizer, cfg, step)"])])
 def test_training_differs_in_the_noise_and_the_loss_alone(one, other, lines):
