@@ -283,7 +283,7 @@ def test_a_text_with_holes_becomes_a_canvas(infill, rows, want):
     ("--warmup 0", "--warmup is 0, it must be at least 1"),
     ("--lr nan", "--lr is nan, it must be at least 0"),
     ("--temperature 1e-40", "--temperature (1e-40) 0 or at least 1e-6"),
-    ("--out .", "--out . must be a folder of its own"), ("--prompt " + "x" * 40, "has 40 tokens, a row has"),
+    ("--out .", "must be a folder of its own"), ("--prompt " + "x" * 40, "has 40 tokens, a row has"),
     ("--top-p 1.5", "--top-p (1.5) must be at most 1"), ("--ema 1", "--ema (1.0) less than 1"),
     ("--seed 1" + "0" * 30, "less than 2^31"), ("--top-k -1", "--top-k is -1"),
     ("--batch-size 0 --seq-len 0 --n-embd 30 --lr -1", "--seq-len is 0, it must be at least 1 and "
