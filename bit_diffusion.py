@@ -12,7 +12,7 @@ same codes, but Gaussian noise. lab/bit_variants.py: bit head with BCE, mixtures
 
 Equations. Row U_v of U (V, K) is token v's code of K = ceil(log2 V) bits, each 1 or -1.
     (E1)  forward process: each bit of b_i (position i) is right, as in b_0,i = U_x, x = x_0,i, with
-          probability (1 + a_i) / 2, of log-odds lam_i = ln((1 + a_i) / (1 - a_i)), else flipped
+          probability (1 + a_i) / 2 (agreement a_i), of log-odds lam_i = ln((1 + a_i) / (1 - a_i))
     (E2)  own time of a position t_i = clamp((t - tau_i) / w, 0, 1), tau_i in [0, 1 - w], and a_i =
           a(t_i) falls from 1 to 0; w = 1: the usual process; w -> 0: one token after another
     (E3)  self-likelihood: log q(b_i | v) = 1/2 lam_i b_i.U_v + const, the same for all v
@@ -81,13 +81,13 @@ class Config:
     schedule: Literal["quadratic", "cosine", "linear"] = "quadratic"  # of a(t), see SCHEDULES
     noise_window: float = 0.1  # w (E2), share of the time in which one position gets its noise
     # sampling; the bound is of: --order random --temperature 1 --no-length-first, many --num-steps
-    num_samples: int = 4
+    num_samples: int = 4  # of the command sample; training draws 64 and prints two
     prompt: str = ""  # text that every sample begins with
-    infill: str = ""  # "A ___ and ___3.": fill one token and three; then the text ends
+    infill: str = ""  # "A ___ and ___3.": fill one token and three; ___ at the end: the rest
     trace: bool = False  # print the trajectory of the first sample
     num_steps: int = 64  # denoising steps; the length costs one evaluation more; 0: one a position
     order: Literal["random", "l2r", "maxprob"] = "maxprob"  # which position is denoised first
-    length_first: bool = True  # draw the length of a document first, then its tokens
+    length_first: bool = True  # rows docs: draw the length first, then tokens without EOS
     temperature: float = 0.3  # below 1: safer, less varied; 0: most likely by context
     top_k: int = 0  # keep the k most likely tokens; 0 = all
     top_p: float = 1.0  # keep the most likely tokens that hold this much probability

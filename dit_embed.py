@@ -80,13 +80,13 @@ class Config:
     logsnr_below: float = 8.0  # smallest lam, below log(2 ln V)
     noise_window: float = 0.1  # w (E2), share of the time in which one position gets its noise
     # sampling; the bound is of: --order random --temperature 1 --no-length-first, many --num-steps
-    num_samples: int = 4
+    num_samples: int = 4  # of the command sample; training draws 64 and prints two
     prompt: str = ""  # text that every sample begins with
-    infill: str = ""  # "A ___ and ___3.": fill one token and three; then the text ends
+    infill: str = ""  # "A ___ and ___3.": fill one token and three; ___ at the end: the rest
     trace: bool = False  # print the trajectory of the first sample
     num_steps: int = 64  # one NFE each, one for the end, one for the length; 0 = one a position
     order: Literal["random", "l2r", "maxprob"] = "maxprob"  # which position is denoised first
-    length_first: bool = True  # draw the length of a document first, then its tokens
+    length_first: bool = True  # rows docs: draw the length first, then tokens without EOS
     temperature: float = 0.5  # below 1: safer, less varied; 0: most likely by context
     top_k: int = 0  # keep the k most likely tokens; 0 = all
     top_p: float = 1.0  # keep the most likely tokens that hold this much probability

@@ -24,8 +24,8 @@ scored, also the EOS that fill a row (val: nats / tokens up to the first EOS). g
 
 Differs from the paper: training draws the number of masks n and not t; runs of less than 4000 steps
 draw n with P(n) nearly proportional to n; their loss is no bound (nelbo is). Sampling draws the
-length first, then unmasks fixed numbers of tokens, the most confident first. Differs from ar.py:
-attention and convolutions look both ways, and positions are also learned.
+length, then fixed numbers of tokens at temperature 0.5 and remasks: the most confident masks become
+tokens in the first half of the steps, all masks in the second. From ar.py: no causal direction.
 """
 import copy
 import math
@@ -74,14 +74,14 @@ class Config:
     ema: float = 0.99  # decay of the averaged weights, which are evaluated and saved; 0 = off
     eval_every: int = 200  # steps between evaluations and checkpoints
     # sampling; the bound is of: order random, num_steps 0, temperature 1, no remask or length_first
-    num_samples: int = 4
+    num_samples: int = 4  # of the command sample; training draws 64 and prints two
     prompt: str = ""  # text that every sample begins with
-    infill: str = ""  # "A ___ and ___3.": fill one token and three; then the text ends
+    infill: str = ""  # "A ___ and ___3.": fill one token and three; ___ at the end: the rest
     trace: bool = False  # print the trajectory of the first sample
     num_steps: int = 32  # denoising steps, 0: as many as masks; the length costs one NFE more
     order: Literal["random", "l2r", "maxprob", "margin", "entropy"] = "maxprob"  # unmasked first
     remask: Literal["none", "random", "conf"] = "conf"  # (E6); conf: improbable ones more often
-    length_first: bool = True  # draw the length of a document first, then its tokens
+    length_first: bool = True  # rows docs: draw the length first, then tokens without EOS
     temperature: float = 0.5  # below 1: safer, less varied; 0: the most likely token
     top_k: int = 0  # keep the k most likely tokens; 0 = all
     top_p: float = 1.0  # keep the most likely tokens that hold this much probability

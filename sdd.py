@@ -3,7 +3,7 @@
 Method: the state [(0.6, cat), (0.3, dog), (0.1, pet)] of A. Holmes' "Sparse Distribution Diffusion"
 (github.com/aaholmes/diffusion-llm), with a forward process that has a likelihood: candidates are
 the top k of an exact posterior. The original (lab/sdd_variants.py, notebook 05) collapses to one
-text: in training the answer is often a candidate, but sampling begins with random candidates.
+text: in sampling the candidates are what the network predicted just before, which confirms itself.
 
     python sdd.py               9 minutes, 2 CPU cores: val <= 1.55 nats/token (entropy 0.91)
     python sdd.py sample --prompt "Once upon a time" --num-samples 3 --trace
@@ -82,15 +82,15 @@ class Config:
     noise_window: float = 0.1  # w (E4), share of the time in which one position gets its noise
     # sampling; the bound is of: --sampler token --order random --temperature 1 --remask none
     # --no-length-first, many --num-steps
-    num_samples: int = 4
+    num_samples: int = 4  # of the command sample; training draws 64 and prints two
     prompt: str = ""  # text that every sample begins with
-    infill: str = ""  # "A ___ and ___3.": fill one token and three; then the text ends
+    infill: str = ""  # "A ___ and ___3.": fill one token and three; ___ at the end: the rest
     trace: bool = False  # print the trajectory of the first sample
     num_steps: int = 32  # denoising steps; the length costs one evaluation more; 0: one a position
     sampler: Literal["token", "ancestral", "deterministic"] = "deterministic"  # reverse step (E7)
     order: Literal["random", "l2r", "maxprob"] = "maxprob"  # which position is denoised first
     remask: Literal["none", "conf"] = "conf"  # redraw clean tokens, improbable ones more often
-    length_first: bool = True  # draw the length of a document first, then its tokens
+    length_first: bool = True  # rows docs: draw the length first, then tokens without EOS
     temperature: float = 0.2  # below 1: safer, less varied; 0: most likely by context
     top_k: int = 0  # keep the k most likely tokens; 0 = all
     top_p: float = 1.0  # keep the most likely tokens that hold this much probability

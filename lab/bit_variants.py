@@ -9,8 +9,8 @@ samplers, guidance, and the bound of few steps. By default all is as in the scri
 
 Equations; l_k is the log-odds of bit k to be +1, and (E1) to (E8) are in bit_diffusion.py.
     (V1)  bit head: l_k = net_k + lam b_k, loss -sum_k ln sigmoid(b_0,k l_k): binary cross-entropy
-    (V2)  a mixture of R such products: Bayes' rule multiplies the weight of product r by
-          prod_k cosh(l_rk / 2) / cosh(net_rk / 2)
+    (V2)  a mixture of M such products: Bayes' rule multiplies the weight of product j by
+          prod_k cosh(l_jk / 2) / cosh(net_jk / 2)
     (V3)  from bits to tokens, codes of no token ruled out: p(v) = softmax_v(1/2 U_v.l)
     (V4)  a step of sampler bit: each bit by itself, f^ = m f(1) + (1 - m) f(-1), f of (E7),
           m = p(b_0 = b_t | b) = sigmoid(b_t l); sampler token: (E8), or bits of one product
@@ -40,7 +40,7 @@ from data.prepare import load_data
 @dataclass
 class Config(bit_diffusion.Config):
     head: Literal["token", "bit"] = "token"  # V logits, or the log-odds of K bits (V1)
-    num_mixture: int = 1  # R products of bits that are mixed (V2), a power of 2: R (K + 1) outputs
+    num_mixture: int = 1  # M products of bits that are mixed (V2), a power of 2: M (K + 1) outputs
     code: Literal["id", "random", "frequency", "semantic"] = "id"  # order in which codes count up
     loss: Literal["ce", "nelbo"] = "ce"  # cross-entropy of tokens or bits, or the bound (E6)
     add_likelihood: bool = True  # add the self-likelihood to the outputs (E4)
@@ -53,14 +53,14 @@ class Config(bit_diffusion.Config):
     checkpoint_keys = ("head", "num_mixture", "code", "add_likelihood", "input", "cond")
 
     def problems(self):
-        out, R = super().problems(), self.num_mixture
+        out, M = super().problems(), self.num_mixture
         if self.head == "bit" and (self.top_k or self.top_p < 1):
             out.append("--top-k and --top-p cut tokens, --head bit draws bits: use --temperature")
         if self.prefix > 1:
             out.append(f"--prefix is {self.prefix}, more than 1")
-        if R < 1 or R & R - 1:
-            out.append(f"--num-mixture is {R}, it must be a power of 2")
-        if R > 1 and self.head == "token":
+        if M < 1 or M & M - 1:
+            out.append(f"--num-mixture is {M}, it must be a power of 2")
+        if M > 1 and self.head == "token":
             out.append("--num-mixture mixes products of bits: add --head bit")
         return out
 
@@ -114,18 +114,18 @@ def order_tokens(cfg):
 # ---- model ---------------------------------------------------------------------------------------
 class Model(bit_diffusion.Model):
     """bit_diffusion.Model with every head and input. Outputs for n positions: logits (n, V), log-
-    odds of bits (n, K), or of R products and, last, their log-weights (n, R, K + 1). Its buffer
+    odds of bits (n, K), or of M products and, last, their log-weights (n, M, K + 1). Its buffer
     `codes` counts up by id until new_model or a checkpoint says otherwise."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        (V, K), C, R, self.cfg = self.codes.shape, cfg.n_embd, cfg.num_mixture, cfg
+        (V, K), C, M, self.cfg = self.codes.shape, cfg.n_embd, cfg.num_mixture, cfg
         if cfg.input == "byte":  # a table for every eight bits: no matrix has V rows
             self.wte = nn.ModuleList(nn.Embedding(2 ** min(8, K - k), C) for k in range(0, K, 8))
         if cfg.input in ("bit", "raw"):
             self.wte = nn.Linear(K, C, bias=False)
         if cfg.head == "bit":
-            self.head = nn.Linear(C, K if R == 1 else R * (K + 1))
+            self.head = nn.Linear(C, K if M == 1 else M * (K + 1))
         if cfg.cond == "add":
             self.noise_in, self.noise_head = nn.Linear(2 * 64, C), nn.Linear(C, C)
         for name, p in self.named_parameters():
@@ -133,9 +133,9 @@ class Model(bit_diffusion.Model):
                 nn.init.zeros_(p)
             elif name.startswith("noise_in") or name.startswith("wte") and cfg.input != "token":
                 nn.init.normal_(p, std=0.02)
-        if R > 1:  # products that begin alike stay alike: each leans to its own leading bits; the
-            lean = token_codes(R)[:, :K]  # mixture of them all is uniform still
-            self.head.bias.data.view(R, K + 1)[:, :lean.shape[1]] = lean
+        if M > 1:  # products that begin alike stay alike: each leans to its own leading bits; the
+            lean = token_codes(M)[:, :K]  # mixture of them all is uniform still
+            self.head.bias.data.view(M, K + 1)[:, :lean.shape[1]] = lean
 
     def expected(self, wte, codes, bits, lam):
         """Expected embedding given the noisy bits alone: table wte of codes (U, k), bits (n, k),
@@ -200,7 +200,7 @@ def bayes_update(model, out, bits, lam):
 
 
 def products(out):
-    """Outputs of a bit head as products that are mixed: log-odds (n, R, K), log-weights (n, R)."""
+    """Outputs of a bit head as products that are mixed: log-odds (n, M, K), log-weights (n, M)."""
     if out.dim() == 2:
         return out[:, None], torch.zeros_like(out[:, :1])
     return out[..., :-1], out[..., -1].log_softmax(1)

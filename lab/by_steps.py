@@ -1,6 +1,6 @@
 """How good are the samples while a script trains? Runs of the comparison, watched.
 
-    python lab/by_steps.py --seed 1339                 all six: rows of results/by_steps.jsonl
+    python lab/by_steps.py --seed 1339                 all six, as results/by_steps.jsonl
     python lab/by_steps.py --only mdlm,sdd
 
 The run is that of `python lab/compare.py` with this seed and is kept for it. At every evaluation

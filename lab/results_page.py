@@ -156,7 +156,7 @@ def steps():
 def length_table():
     """What is known of the length at the first network evaluation."""
     names = dict(model="the model", training="training lengths alone")
-    return markdown("distribution | quantile | length, nats | coverage | slack", [
+    return markdown("distribution | quantile | length, nats | coverage | looseness", [
         [names[row["of"]], f"{row['quantile']:g}", f"{row['nats']:.2f} ± {row['nats_se']:.2f}",
          f"{row['coverage']:.2f}", f"{row['looseness']:.1f}"]
         for row in of_kind(log_of("diffugpt_varlen_eval"), "length")

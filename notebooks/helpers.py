@@ -133,9 +133,9 @@ def show(label, ids, tokenizer, lines=3, width=92):
     """Print ids as text, a block for each masked token, cut after so many lines."""
     text = tokenizer.decode_masked([int(i) for i in ids])
     text = text if len(text) <= (width - 6) * lines else text[:(width - 6) * lines] + " ..."
-    words, rows = text.split(" "), [""]
-    for word in words:
-        if len(rows[-1]) + len(word) >= width:
+    rows, size = [""], width - 9  # longer words, such as blocks alone, are broken
+    for word in (w[i:i + size] for w in text.split(" ") for i in range(0, max(1, len(w)), size)):
+        if rows[-1] and len(rows[-1]) + len(word) >= width:
             rows.append("")
         rows[-1] += f" {word}" if rows[-1] else word
     print(f"{label:>6}  " + "\n        ".join(rows))
