@@ -2,7 +2,7 @@
 
 Method: Bengio et al. 2003 (section 2); the network is a GPT (Radford et al. 2019) with changes.
 
-    python ar.py                10 minutes, 2 CPU cores: val = 0.93 nats/token (entropy 0.91)
+    python ar.py                3 to 10 minutes, 2 CPU cores: val = 0.93 nats/token (entropy 0.91)
     python ar.py sample --prompt "Once upon a time" --num-samples 3 --temperature 0.8
     python ar.py eval           the exact likelihood of 500 test rows; samples
 

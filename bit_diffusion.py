@@ -4,7 +4,7 @@ Method: the binomial diffusion of Sohl-Dickstein et al. 2015 (arXiv 1503.03585) 
 ids, a case of D3PM (Austin et al. 2021, arXiv 2107.03006). Analog Bits (Chen et al. 2022) has the
 same codes, but Gaussian noise. lab/bit_variants.py: bit head with BCE, mixtures, codes, guidance.
 
-    python bit_diffusion.py     10 minutes, 2 CPU cores: val <= 1.60 nats/token (entropy 0.91)
+    python bit_diffusion.py     4 to 10 minutes, 2 CPU cores: val <= 1.60 nats/token (entropy 0.91)
     python bit_diffusion.py sample --prompt "Once upon a time" --num-samples 3 --trace
     python bit_diffusion.py sample --infill "Once upon a ___ there was ___"
     python bit_diffusion.py eval    the bound on 500 test rows, samples

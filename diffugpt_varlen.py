@@ -3,7 +3,7 @@
 Method: DiffuGPT (Gong et al. 2024, arXiv 2410.17891): masked diffusion from the weights of a GPT-2.
 lab: pretrained.py (weights of GPT-2, DiffuGPT), varlen_eval.py (length reports), benchmarks.py
 
-    python diffugpt_varlen.py   8 minutes, 2 CPU cores: val <= 1.87 nats/token (entropy 0.91)
+    python diffugpt_varlen.py   3 to 8 minutes, 2 CPU cores: val <= 1.87 nats/token (entropy 0.91)
     python diffugpt_varlen.py sample --prompt "Once upon a time" --num-samples 3 --trace
     python diffugpt_varlen.py sample --length-mode truncate
     python diffugpt_varlen.py eval      the bound on 500 test rows, samples

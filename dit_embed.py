@@ -4,7 +4,7 @@ Method: Diffusion-LM (Li et al. 2022, arXiv 2205.14217), CDCD (Dieleman et al. 2
 (Gulrajani and Hashimoto 2023), DiT (Peebles and Xie 2023); bound: VDM (Kingma et al. 2021).
 lab/dit_variants.py: eps / x0 / v prediction, beta schedules, DDIM, self-conditioning, rounding, CFG
 
-    python dit_embed.py         11 minutes, 2 CPU cores: val <= 1.55 nats/token (entropy 0.91)
+    python dit_embed.py         5 to 11 minutes, 2 CPU cores: val <= 1.55 nats/token (entropy 0.91)
     python dit_embed.py sample --prompt "Once upon a time" --num-samples 3 --trace
     python dit_embed.py sample --infill "Once upon a ___ there was ___"
     python dit_embed.py eval    the bound on 500 test rows, samples

@@ -3,7 +3,7 @@
 Method: MDLM (Sahoo et al. 2024, arXiv 2406.07524), MD4 (Shi et al. 2024), LLaDA (Nie et al. 2025);
 remasking: ReMDM (Wang et al. 2025).
 
-    python mdlm.py              8 minutes, 2 CPU cores: val <= 1.40 nats/token (entropy 0.91)
+    python mdlm.py              4 to 8 minutes, 2 CPU cores: val <= 1.40 nats/token (entropy 0.91)
     python mdlm.py sample --prompt "Once upon a time" --num-samples 3 --trace
     python mdlm.py sample --infill "Once upon a ___ there was ___"
     python mdlm.py eval         the bound on 500 test rows, samples

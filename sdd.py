@@ -5,7 +5,7 @@ Method: the state [(0.6, cat), (0.3, dog), (0.1, pet)] of A. Holmes' "Sparse Dis
 the top k of an exact posterior. The original (lab/sdd_variants.py, notebook 05) collapses to one
 text: in sampling the candidates are what the network predicted just before, which confirms itself.
 
-    python sdd.py               9 minutes, 2 CPU cores: val <= 1.55 nats/token (entropy 0.91)
+    python sdd.py               4 to 9 minutes, 2 CPU cores: val <= 1.55 nats/token (entropy 0.91)
     python sdd.py sample --prompt "Once upon a time" --num-samples 3 --trace
     python sdd.py sample --infill "Once upon a ___ there was ___"
     python sdd.py eval          the bound on 500 test rows, samples
