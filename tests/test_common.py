@@ -282,9 +282,10 @@ def test_a_text_with_holes_becomes_a_canvas(infill, rows, want):
     ("--batch-size 0", "--batch-size is 0, it must be at least 1"),
     ("--warmup 0", "--warmup is 0, it must be at least 1"),
     ("--lr nan", "--lr is nan, it must be at least 0"),
-    ("--temperature 1e-40", "--temperature (1e-40) 0 or at least 1e-6"),
-    ("--out .", "must be a folder of its own"), ("--prompt " + "x" * 40, "has 40 tokens, a row has"),
-    ("--top-p 1.5", "--top-p (1.5) must be at most 1"), ("--ema 1", "--ema (1.0) less than 1"),
+    ("--temperature 1e-40", "--temperature must be 0 or at least 1e-6"),
+    ("--out .", "must be a folder of its own"),
+    ("--prompt " + "x" * 40, "has 40 tokens, a row has"),
+    ("--top-p 1.5", "--top-p 1.5 must be at most 1"), ("--ema 1", "--ema 1.0 must be less than 1"),
     ("--seed 1" + "0" * 30, "less than 2^31"), ("--top-k -1", "--top-k is -1"),
     ("--batch-size 0 --seq-len 0 --n-embd 30 --lr -1", "--seq-len is 0, it must be at least 1 and "
      "less than 2^31; --batch-size is 0"),
@@ -489,7 +490,9 @@ def test_a_run_leaves_the_documented_files_and_rows(name, straight):
             "parameters", "tokenizer"} <= made.keys() and made["config"]["seed"] == 1337
     for row in log(out, "train"):
         assert row.keys() == {"kind", "step", "tokens", "loss", "lr", "grad_norm", "tok_s",
-                              "seconds"} and row["tokens"] == row["step"] * 4 * 32
+                              "seconds"}
+        most = row["step"] * 4 * 32  # diffugpt_varlen.py crops some batches to a third at least
+        assert most / 3 < row["tokens"] <= most and (row["tokens"] == most or "varlen" in name)
     seconds = [row["seconds"] for row in log(out, "train")]
     assert seconds == sorted(seconds) and seconds[0] > 0
     assert [row["step"] for row in log(out, "val")] == [0, 2, 4, 6, 8]
