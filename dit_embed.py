@@ -56,7 +56,7 @@ class Config:
     out: str = "out/dit_embed"  # run folder
     resume: bool = False  # continue the run in the run folder
     log: Literal["", "tensorboard", "wandb", "tensorboard,wandb"] = ""  # besides log.jsonl
-    preset: Literal["tiny", "small", "medium"] = "tiny"  # 4x192, 8x512, 12x768; see PRESETS
+    preset: Literal["tiny", "small", "medium"] = "tiny"  # 4x192, 8x512, 12x768; also lr and seq_len
     seed: int = 1337  # of weights, batches and noise
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 is autocast
