@@ -66,7 +66,7 @@ class Config:
     ema: float = 0.99  # decay of the averaged weights, which are evaluated and saved; 0 = off
     eval_every: int = 200  # steps between evaluations and checkpoints
     # sampling; the likelihood is without temperature, top_k and top_p
-    num_samples: int = 4  # of the command sample; training draws 64 and prints two
+    num_samples: int = 4  # of sample and eval; training draws 64 and prints two
     prompt: str = ""  # text that every sample begins with
     trace: bool = False  # print the trajectory of the first sample
     temperature: float = 1.0  # below 1: safer, less varied; 0: the most likely token

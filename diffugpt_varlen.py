@@ -82,7 +82,7 @@ class Config:
     p_prompt: float = 0.2  # share of rows with a prompt; half of them mask everything behind it
     p_crop: float = 0.25  # share of batches cropped at a random length (E5)
     # sampling; as in the bound: --order random --num-steps 0 --temperature 1 --length-mode fixed
-    num_samples: int = 4  # of the command sample; training draws 64 and prints two
+    num_samples: int = 4  # of sample and eval; training draws 64 and prints two
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "A ___ and ___3.": fill one token and three; ___ at the end: the rest
     trace: bool = False  # print the trajectory of the first sample

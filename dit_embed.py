@@ -80,7 +80,7 @@ class Config:
     logsnr_below: float = 8.0  # smallest lam, below log(2 ln V)
     noise_window: float = 0.1  # w (E2), share of the time in which one position gets its noise
     # sampling; the bound is of: --order random --temperature 1 --no-length-first, many --num-steps
-    num_samples: int = 4  # of the command sample; training draws 64 and prints two
+    num_samples: int = 4  # of sample and eval; training draws 64 and prints two
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "A ___ and ___3.": fill one token and three; ___ at the end: the rest
     trace: bool = False  # print the trajectory of the first sample

@@ -74,7 +74,7 @@ class Config:
     ema: float = 0.99  # decay of the averaged weights, which are evaluated and saved; 0 = off
     eval_every: int = 200  # steps between evaluations and checkpoints
     # sampling; the bound is of: order random, num_steps 0, temperature 1, no remask or length_first
-    num_samples: int = 4  # of the command sample; training draws 64 and prints two
+    num_samples: int = 4  # of sample and eval; training draws 64 and prints two
     prompt: str = ""  # text that every sample begins with
     infill: str = ""  # "A ___ and ___3.": fill one token and three; ___ at the end: the rest
     trace: bool = False  # print the trajectory of the first sample

@@ -572,6 +572,22 @@ def test_a_trace_without_a_step_is_empty(capsys, tmp_path):
     assert "a b" in capsys.readouterr().out
 
 
+def test_lines_of_a_trace_differ_on_the_screen(capsys, tmp_path):
+    """Forty more tokens behind the 92 that are shown make no new line; the last counts all NFE."""
+    cfg = mdlm.Config(trace=True, num_samples=1, out=str(tmp_path / "none"), vocab_size=257,
+                      data="x")
+
+    def sample(model, x, cfg, g, on_step):
+        x = x.fill_(ord("a"))
+        for nfe in range(1, 133):
+            x[0, :nfe] = ord("b")
+            on_step(nfe, x)
+        return x, nfe
+    common.show_samples(common.Run(cfg), sample, None, prepare.get_tokenizer("byte"), cfg)
+    lines = re.findall(r"^ +(\d+)  (\w{92}) [.]{3}$", capsys.readouterr().out, re.M)
+    assert len({text for _, text in lines}) == len(lines) == 6 and lines[-1] == ("132", "b" * 92)
+
+
 def test_a_log_that_somebody_edited_is_read_as_far_as_it_makes_sense(straight, tmp_path):
     shutil.copy(straight / "ar/log.jsonl", tmp_path)
     with open(tmp_path / "log.jsonl", "a") as file:

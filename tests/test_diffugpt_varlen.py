@@ -512,6 +512,15 @@ def test_a_parent_that_was_stopped_is_gone_on_with(home, train, tmp_path, monkey
     assert [row["step"] for row in log(f"{out}_parent", "train")] == [1, 2, 3, 4]
 
 
+def test_a_stop_before_anything_was_saved_promises_nothing(home, train, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(common.Run, "begin", stop)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train(copied=False)
+    assert not stopped.value.args
+
+
 def test_init_from_a_folder(home, train, tmp_path, monkeypatch, capsys):
     """A run of this script begins another; whatever else it is ends in one sentence and no
     folder."""

@@ -187,6 +187,7 @@ def test_a_notebook_is_kept_as_it_ran(path):
 
 @every_notebook
 def test_a_notebook_has_short_cells_and_no_shell(path):
+    assert len(cells(path, "code")) <= 60
     for cell in cells(path, "code"):
         source = "".join(cell["source"])
         assert sum(bool(line.strip()) for line in source.splitlines()) <= 15, source
