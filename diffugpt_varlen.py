@@ -24,7 +24,7 @@ nats. Every position of a row is scored, PAD too: the model is not told the leng
 Differs from the paper: the loss is the bound per position (theirs is twice that for large batches:
 they divide by the number of masks, half of the positions); a row's number of masks is drawn, so no
 1 / t needs a cut-off; M and PAD are new rows of the embedding, M is never predicted; prompts and
-crops in training, for lengths. From ar.py: GPT-2 blocks, tensors named as in `transformers`.
+crops in training, for lengths. Differs from ar.py: GPT-2 blocks, named as in `transformers`.
 """
 import contextlib
 import copy
@@ -285,8 +285,8 @@ def random_prompts(x, cfg, g):
 
 def corrupt(x0, cfg, g, step=math.inf, random_prompts=random_prompts):
     """The forward process: canvases x, xt and each token's weight in the loss, (B, T), and the
-    attention mask of this optimizer step. If a row has n masks where N may be, each weighs N / n,
-    divided by the N of all rows. arm masks nothing and predicts all tokens up to the EOS."""
+    attention mask of this optimizer step. If n of a row's N maskable tokens are masked, each weighs
+    N / n, divided by the sum of all N. arm masks nothing and predicts all tokens up to the EOS."""
     x, (B, T), V = to_canvas(x0, cfg), x0.shape, cfg.vocab_size
     if cfg.pipeline == "arm":
         return x, x, (x != V) / (x != V).sum(), random_attention(T + 1, 0, x.device)

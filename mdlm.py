@@ -25,7 +25,7 @@ scored, also the EOS that fill a row (val: nats / tokens up to the first EOS). g
 Differs from the paper: training draws the number of masks n and not t; runs of less than 4000 steps
 draw n with P(n) nearly proportional to n; their loss is no bound (nelbo is). Sampling draws the
 length, then fixed numbers of tokens at temperature 0.5 and remasks: the most confident masks become
-tokens in the first half of the steps, all masks in the second. From ar.py: no causal direction.
+tokens in the first half of the steps, all masks in the second. Differs from ar.py: not causal.
 """
 import copy
 import math
